@@ -1,0 +1,251 @@
+"""From files of instructions to batches of tokens.
+
+    template      one layout for every model and data set
+    Tokenizer     GPT-2's (by name, or from a folder's vocab.json) or tiny's words; all of them tiktoken encodings
+    load          a folder or a file of rows -> {"train": [...], "val": [...], "test": [...]}
+    Batches       rows -> tensors; batch i is a pure function of (seed, i), so that a resumed run sees what it would have seen
+
+A row is a dict with the keys of Alpaca: `instruction`, `input` (may be empty), `output`; others are kept and ignored.  A row with
+`prompt` in place of `instruction` is plain text, for pretraining.
+"""
+
+import contextlib
+import csv
+import json
+import os
+import random
+import re
+import sys
+
+import tiktoken
+import torch
+
+END = "<|endoftext|>"
+
+
+def template(row):
+    """The text that a model reads before it answers.  The answer follows as " " + output, then the end of text."""
+    if "prompt" in row:
+        return row["prompt"]
+    given = f"Input: {row['input']}\n" if row.get("input") else ""
+    return f"Instruction: {row['instruction']}\n{given}Response:"
+
+
+@contextlib.contextmanager
+def replacing(path, mode="w"):
+    """Open `path` for writing, so that it holds the old content or all of the new one, whatever happens in between."""
+    tmp = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(tmp, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        if os.path.exists(tmp):
+            os.remove(tmp)
+
+
+def run(main):
+    """Run a script's main: what a user can mend becomes one line and exit status 1, not a traceback (IAPT_DEBUG=1 shows it)."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        if os.environ.get("IAPT_DEBUG"):
+            raise
+        sys.exit(f"error: {e}")
+
+
+# -- Tokens ------------------------------------------------------------------------------------------------------------
+
+WORDS = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"  # tiny's pieces; whatever it meets, some branch matches
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class Tokenizer:
+    """A tiktoken encoding, with the ids that begin (None: nothing does) and end a text."""
+
+    def __init__(self, encoding, end, begin=None):
+        self.encoding, self.end, self.begin = encoding, end, begin
+        self.vocab_size = encoding.n_vocab
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(text)  # "<|endoftext|>" in a user's text is text
+
+    def decode(self, ids):
+        return self.encoding.decode(ids)
+
+    @classmethod
+    def load(cls, where):
+        """The tokenizer of a model's folder, by the files in it.  Raises FileNotFoundError where there are none that we read."""
+        words, vocab = (os.path.join(where, name) for name in ("words.json", "vocab.json"))
+        if os.path.exists(words):
+            return cls.of_words(read_json(words))
+        if os.path.exists(vocab):
+            return cls.of_gpt2(read_json(vocab))
+        raise FileNotFoundError(f"no tokenizer in {where}: it needs vocab.json (GPT-2's form) or words.json")
+
+    @classmethod
+    def of_words(cls, words):
+        """A word a token: ids 0 to 255 are the bytes, then the words.
+
+        tiktoken looks a whole piece up before it merges bytes, so a known word is one token, and an unknown one falls back on
+        bytes (and on such short words as its bytes happen to spell): nothing is unencodable.
+        """
+        ranks = {bytes([b]): b for b in range(256)}
+        for word in words:
+            ranks.setdefault(word.encode("utf-8"), len(ranks))
+        end = len(ranks)
+        return cls(tiktoken.Encoding("words", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: end}), end, begin=end)
+
+    @classmethod
+    def of_gpt2(cls, vocab):
+        """GPT-2's byte-level tokens from vocab.json's {token: id}, whose ids are the ranks of its merges."""
+        of_char = {char: byte for byte, char in gpt2_chars().items()}
+        ranks = {bytes(of_char[c] for c in token): i for token, i in vocab.items() if token != END}
+        end = vocab[END]
+        return cls(tiktoken.Encoding("gpt2", pat_str=GPT2, mergeable_ranks=ranks, special_tokens={END: end}), end)
+
+
+def gpt2_chars():
+    """GPT-2's files spell each byte as a printable character: itself where it is one, else the next from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    rest = iter(range(256, 512))
+    return {byte: chr(byte if byte in printable else next(rest)) for byte in range(256)}
+
+
+def pieces(texts):
+    """Every piece of the texts that is longer than a byte, sorted: the words of a word-level vocabulary."""
+    pattern = re.compile(WORDS.replace(r"[^\s\p{L}\p{N}]", r"[^\w\s]").replace(r"\p{L}", r"[^\W\d_]").replace(r"\p{N}", r"\d"))  # the standard library has no \p{}
+    found = {piece for text in texts for piece in pattern.findall(text)}
+    return sorted(piece for piece in found if len(piece.encode("utf-8")) > 1)
+
+
+# -- Rows --------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path):
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def read_rows(path):
+    """Rows of a .jsonl, .json (a list) or .csv file.  Columns `mr`, `ref` (the E2E data) become input and output."""
+    with open(path, encoding="utf-8-sig", newline="") as f:
+        if path.endswith(".jsonl"):
+            rows = [json.loads(line) for line in f if line.strip()]
+        elif path.endswith(".json"):
+            rows = json.load(f)
+        else:
+            rows = list(csv.DictReader(f))
+    if rows and "mr" in rows[0]:
+        rows = [{"instruction": "Describe the restaurant.", "input": row["mr"], "output": row["ref"]} for row in rows]
+    for i, row in enumerate(rows):
+        if "output" not in row or not ("instruction" in row or "prompt" in row):
+            raise ValueError(f"{path}, row {i + 1}: it has {', '.join(map(str, row)) or 'no columns'}; it needs instruction and output")
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return rows
+
+
+def split(rows, seed=0, part=0.1):
+    """Rows -> (the rest, a part of them), such that the same instruction never stands on both sides."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(template(row) or row["output"], []).append(row)
+    keys = list(groups)
+    random.Random(seed).shuffle(keys)
+    n = max(1, round(len(keys) * part))
+    return [row for k in keys[n:] for row in groups[k]], [row for k in keys[:n] for row in groups[k]]
+
+
+def load(where):
+    """Splits of a data set: {"train": rows, "val": rows, "test": rows, "test_...": rows}.
+
+    A folder with train.jsonl (and val, test, test_*: .jsonl, .json or .csv), or E2E's folder (trainset.csv or, without it, devset.csv;
+    testset_w_refs.csv), or one file.  A missing val (and, for one file, test) is a tenth of the rows, split off by instruction.
+    """
+    if os.path.isfile(where):
+        rest, test = split(read_rows(where))
+        train, val = split(rest)
+        return {"train": train, "val": val, "test": test}
+    if not os.path.isdir(where):
+        raise FileNotFoundError(f"no data at {where}. It can be a folder or a .jsonl, .json or .csv file; python data/prepare.py tiny makes one")
+    alias = {"trainset": "train", "devset": "val", "testset_w_refs": "test"}
+    found = {}
+    for name in sorted(os.listdir(where)):
+        stem, ext = os.path.splitext(name)
+        stem = alias.get(stem, stem)
+        if ext in (".jsonl", ".json", ".csv") and (stem in ("train", "val") or stem.startswith("test")):
+            found[stem] = read_rows(os.path.join(where, name))
+    if "train" not in found:  # E2E without its training set: its development set is enough to train on, and to split
+        found["train"] = found.pop("val", None)
+    if not found["train"]:
+        raise FileNotFoundError(f"no data in {where}: no train.jsonl, .json or .csv. Run: python data/prepare.py tiny")
+    if "val" not in found:
+        found["train"], found["val"] = split(found["train"])
+    return found
+
+
+# -- Batches -----------------------------------------------------------------------------------------------------------
+
+
+def encode(rows, tokenizer, block_size):
+    """Rows -> (prompt ids, response ids).  Raises ValueError for a row that does not fit."""
+    examples = []
+    for i, row in enumerate(rows):
+        prompt = [tokenizer.begin] * (tokenizer.begin is not None) + tokenizer.encode(template(row))
+        response = tokenizer.encode(" " + row["output"].strip()) + [tokenizer.end] * row.get("end", True)
+        if len(prompt) + len(response) > block_size:
+            raise ValueError(f"row {i + 1} has {len(prompt) + len(response)} tokens, the model takes {block_size}: {template(row)[:60]!r}...")
+        examples.append((prompt, response))
+    return examples
+
+
+def collate(examples, device="cpu", multiple=16):
+    """Examples -> idx, targets, instr, each (B, T).
+
+    Right-padded to a multiple of `multiple`, so that few shapes occur.  targets[t] is the token after idx[t] where that is part of the
+    response (its end included), else -1; instr is True on the prompt.
+    """
+    T = max(len(p) + len(r) for p, r in examples) - 1
+    T = -(-T // multiple) * multiple
+    idx = torch.zeros(len(examples), T, dtype=torch.long)
+    targets = torch.full_like(idx, -1)
+    instr = torch.zeros_like(idx, dtype=torch.bool)
+    for row, (p, r) in enumerate(examples):
+        ids = torch.tensor(p + r)
+        n = len(ids) - 1
+        idx[row, :n] = ids[:-1]
+        targets[row, max(len(p) - 1, 0) : n] = ids[max(len(p), 1) :]
+        instr[row, : len(p)] = True
+    return idx.to(device), targets.to(device), instr.to(device)
+
+
+class Batches:
+    """Endless shuffled training batches: batch(i) is a pure function of (examples, size, seed, i).
+
+    Rows of like length go together, to pad less: an epoch's order is shuffled, sorted by length within stretches of 16 batches, cut
+    into batches, and the batches are shuffled.
+    """
+
+    def __init__(self, examples, size, seed, device="cpu"):
+        self.examples, self.size, self.seed, self.device = examples, min(size, len(examples)), seed, device
+        self.epoch, self.chunks = None, None
+
+    def batch(self, i):
+        epoch, k = divmod(i, len(self.examples) // self.size)
+        if epoch != self.epoch:
+            self.epoch, self.chunks = epoch, self._order(random.Random(f"{self.seed} {epoch}"))
+        return collate([self.examples[j] for j in self.chunks[k]], self.device)
+
+    def _order(self, rng):
+        order = rng.sample(range(len(self.examples)), len(self.examples))
+        stretch = 16 * self.size
+        order = [j for s in range(0, len(order), stretch) for j in sorted(order[s : s + stretch], key=self._length)]
+        chunks = [order[s : s + self.size] for s in range(0, len(order) - self.size + 1, self.size)]
+        rng.shuffle(chunks)
+        return chunks
+
+    def _length(self, j):
+        return sum(map(len, self.examples[j]))

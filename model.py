@@ -1,0 +1,360 @@
+"""The frozen decoder: GPT-2 and LLaMA in one class, with room for soft prompts.
+
+A map of this file, top to bottom:
+
+    Config       the sizes, and which of two variants each part takes
+    Rotary       rotary positions                        (LLaMA; GPT-2 learns its positions)
+    Attention    q, k, v, o, and the extra key/value slots that soft prompts occupy
+    GeluMLP, SwiGLU
+    Block        norm, attention, norm, MLP
+    Cache        keys and values already computed, for decoding one token a step
+    Decoder      embed -> blocks -> norm -> head;  forward, prefill, step
+    generate     text from prompts of different lengths, in one batch
+
+The one thing a plain decoder lacks: before each block the decoder asks `tuner.kv(block, l, x, instr)` for P more keys and values
+(see `Tuner` in iapt.py), and the block attends to them beside its own.  That happens when whole sequences are read; `step`,
+which writes one more token, takes no tuner: by then a prompt is nothing but P entries of the cache.
+
+    >>> import torch
+    >>> model = Decoder(Config(vocab_size=100, block_size=32, n_layer=2, n_head=4, n_embd=64))
+    >>> model(torch.zeros(1, 5, dtype=torch.long)).shape
+    torch.Size([1, 5, 100])
+
+Letters for shapes, here and everywhere: B rows of a batch, T tokens, P soft tokens, C n_embd, H heads, G key/value heads,
+D size of a head, V vocabulary, L layers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    """Sizes of a decoder.  `arch` picks the variant of each part:
+
+        arch      positions   norm        MLP          biases
+        'gpt2'    learned     LayerNorm   tanh-GELU    everywhere
+        'llama'   rotary      RMSNorm     SwiGLU       where `attn_bias`, `mlp_bias` say so
+
+    `n_kv_head` < `n_head` is grouped-query attention.  Zeros mean: derive it (n_kv_head = n_head, head_dim = n_embd / n_head,
+    n_inner = 4 n_embd for GPT-2 and 8/3 n_embd, rounded up to a multiple of 32, for LLaMA).
+    """
+
+    vocab_size: int
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_kv_head: int = 0
+    head_dim: int = 0
+    n_inner: int = 0
+    arch: str = "gpt2"
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tied: bool = True
+    attn_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self):
+        if self.arch not in ("gpt2", "llama"):
+            raise ValueError(f"arch must be 'gpt2' or 'llama', got {self.arch!r}")
+        if self.arch == "gpt2":
+            self.attn_bias = self.mlp_bias = True
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_inner = self.n_inner or (4 * self.n_embd if self.arch == "gpt2" else -(-self.n_embd * 8 // 96) * 32)
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
+
+
+class Rotary(nn.Module):
+    """Angles of the rotary embedding: pos (..., T) -> cos, sin (..., 1, T, D), for `rotate` below.
+
+    Pair i of a head turns by pos * theta^(-2i/D); pairs are (i, i + D/2), as in the weights that the hub holds.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.theta, self.head_dim = c.rope_theta, c.head_dim
+
+    def forward(self, pos):  # in fp32 whatever the weights' dtype: bf16 has 8 bits, too few to tell positions apart
+        freq = self.theta ** -(torch.arange(0, self.head_dim, 2, device=pos.device).float() / self.head_dim)
+        angle = pos[..., None].float() * freq
+        angle = torch.cat((angle, angle), -1)[..., None, :, :]
+        return angle.cos(), angle.sin()
+
+
+def rotate(x, rope):
+    """Turn q or k (B, heads, T, D) by the angles of their positions; with learned positions (rope None) leave them."""
+    if rope is None:
+        return x
+    (cos, sin), (a, b) = rope, x.float().chunk(2, -1)
+    return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate q, k, v, o (so that LoRA on q and v is a hook on two modules)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
+        self.q = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=c.attn_bias)
+        self.k = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.attn_bias)
+        self.v = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.attn_bias)
+        self.o = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.attn_bias)
+
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, G*D) -> (B, G, T, D)
+
+    def qkv(self, x, rope):
+        return rotate(self.heads(self.q(x)), rope), rotate(self.heads(self.k(x)), rope), self.heads(self.v(x))
+
+    def mix(self, q, k, v, mask=None):
+        """q (B, H, T, D) looks at k, v (B, G, S, D) where mask (.., T, S) is True; no mask means causal."""
+        grouped = self.n_kv_head < self.n_head
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class GeluMLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.up = nn.Linear(c.n_embd, c.n_inner, bias=c.mlp_bias)
+        self.down = nn.Linear(c.n_inner, c.n_embd, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x), approximate="tanh"))  # GPT-2's weights were trained with the tanh form
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate = nn.Linear(c.n_embd, c.n_inner, bias=c.mlp_bias)
+        self.up = nn.Linear(c.n_embd, c.n_inner, bias=c.mlp_bias)
+        self.down = nn.Linear(c.n_inner, c.n_embd, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def norm(c):
+    return (nn.LayerNorm if c.arch == "gpt2" else nn.RMSNorm)(c.n_embd, eps=c.norm_eps)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.ln_1, self.attn = norm(c), Attention(c)
+        self.ln_2, self.mlp = norm(c), (GeluMLP if c.arch == "gpt2" else SwiGLU)(c)
+
+    def soft_kv(self, s):
+        """Keys and values of soft tokens s (B, P, C) that stand before this block's input: two of (B, G, P, D).
+
+        They are at rotary position 0, where the rotation is the identity.
+        """
+        s = self.ln_1(s)
+        return self.attn.heads(self.attn.k(s)), self.attn.heads(self.attn.v(s))
+
+    def forward(self, x, rope, slots=None):
+        """x (B, T, C), slots None or (k, v, keep) -> x (B, T, C), and the keys and values it looked at, slots first."""
+        q, k, v = self.attn.qkv(self.ln_1(x), rope)
+        mask = None
+        if slots is not None:
+            soft_k, soft_v, keep = slots
+            k, v = torch.cat((soft_k.to(k.dtype), k), 2), torch.cat((soft_v.to(v.dtype), v), 2)
+            mask = slot_mask(x.shape[1], soft_k.shape[2], keep, x.device)
+        x = x + self.attn.mix(q, k, v, mask)
+        return x + self.mlp(self.ln_2(x)), (k, v)
+
+    def step(self, x, rope, k_cache, v_cache, mask, at):
+        """One token a row: x (B, 1, C) writes its key and value at index `at` (B,) of the cache and looks at where mask is True."""
+        q, k, v = self.attn.qkv(self.ln_1(x), rope)
+        rows = torch.arange(len(x), device=x.device)
+        k_cache[rows, :, at], v_cache[rows, :, at] = k[:, :, 0], v[:, :, 0]
+        x = x + self.attn.mix(q, k_cache, v_cache, mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+def slot_mask(T, P, keep, device):
+    """Who sees what: every token sees the slots that `keep` (B, P) keeps (None: all) and, causally, the tokens: (.., T, P+T).
+
+    Not `is_causal=True`: with P slots in front the score matrix is not square, and its diagonal is not the tokens' diagonal.
+    """
+    causal = torch.ones(T, P + T, dtype=torch.bool, device=device).tril(P)
+    if keep is None:
+        return causal
+    return causal & F.pad(keep, (0, T), value=True)[:, None, None, :]
+
+
+class Cache:
+    """What `prefill` leaves for `step`: where each row's slots and tokens are, and how many.
+
+        k, v     (L, B, G, P + S, D)   P slots, then the prompt and room for what is to come, S tokens in all
+        mask     (L, B, 1, 1, P + S)   what may be looked at
+        at       (B,)                  index at which a row's next token will be written
+        pos      (B,)                  its position
+
+    Prompts are right-padded and each row goes on at its own length, over its own padding: so prompts of different lengths
+    decode together.  The shapes never change, so a decode step can be compiled once.
+    """
+
+    def __init__(self, layers, length, pos, room):
+        P = max(keep.shape[1] for _, _, keep in layers)  # layers may own fewer slots, or none: padded in front, and masked
+
+        def fill(x, keep):
+            return F.pad(x, (0, 0, P - keep.shape[1], room))
+
+        self.k = torch.stack([fill(k, keep) for k, _, keep in layers])
+        self.v = torch.stack([fill(v, keep) for _, v, keep in layers])
+        tokens = torch.arange(self.k.shape[3] - P, device=length.device) < length[:, None]
+        masks = [torch.cat((F.pad(keep, (P - keep.shape[1], 0)), tokens), 1) for _, _, keep in layers]
+        self.mask = torch.stack(masks)[:, :, None, None]
+        self.at, self.pos = P + length, pos.clone()
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model: idx (B, T) -> logits (B, T, V)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.wpe = nn.Embedding(c.block_size, c.n_embd) if c.arch == "gpt2" else None
+        self.rotary = Rotary(c) if c.arch == "llama" else None
+        self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.ln_f = norm(c)
+        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.apply(self._init)
+        for name, p in self.named_parameters():  # residual branches start small, as in GPT-2
+            if name.endswith(("attn.o.weight", "mlp.down.weight")):
+                nn.init.normal_(p, std=0.02 / (2 * c.n_layer) ** 0.5)
+        if c.tied:
+            self.head.weight = self.wte.weight
+
+    def _init(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def embed(self, idx, pos):
+        """Tokens idx at positions pos -> x and the angles that the blocks rotate by (None with learned positions)."""
+        x = self.wte(idx)
+        return (x, self.rotary(pos)) if self.wpe is None else (x + self.wpe(pos), None)
+
+    def hidden(self, idx, instr=None, tuner=None, layers=None):
+        """The last hidden states (B, T, C).
+
+        idx     (B, T)  tokens, right-padded
+        instr   (B, T)  True on the tokens of the instruction, the only ones a tuner may read
+        tuner           asked for soft tokens at the embeddings and at each layer (see `Tuner` in iapt.py); None: the plain model
+        layers          a list to which each layer's (k, v, keep) is appended, for a `Cache`
+
+        Raises ValueError if T > block_size.
+        """
+        (B, T), c = idx.shape, self.config
+        if T > c.block_size:
+            raise ValueError(f"this model wants at most {c.block_size} tokens, got {T} (--block-size, or shorten the prompt)")
+        x, rope = self.embed(idx, torch.arange(T, device=idx.device))
+        at = None
+        if tuner is not None:
+            x, at = tuner.embed(x, instr)  # soft tokens among the embeddings; at (B, T) says where the tokens went
+        if at is not None:
+            real = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device).scatter(1, at, 1)
+            instr = torch.zeros_like(real).scatter(1, at, instr.long()).bool()
+            if rope is not None:  # tokens keep their positions; a soft token has that of the token after it
+                rope = self.rotary(real.cumsum(1) - real)
+        for l, block in enumerate(self.h):
+            slots = tuner.kv(block, l, x, instr) if tuner is not None else None
+            x, (k, v) = block(x, rope, slots)
+            if layers is not None:
+                P = 0 if slots is None else slots[0].shape[2]
+                all_slots = torch.ones(B, P, dtype=torch.bool, device=x.device)
+                layers.append((k, v, all_slots if slots is None or slots[2] is None else slots[2]))
+        if at is not None:  # what comes after token t is read off the place before token t+1, which may be a soft token's
+            before_next = F.pad(at[:, 1:], (0, 1), value=x.shape[1]) - 1
+            x = x.gather(1, before_next[..., None].expand(-1, -1, x.shape[2]))
+        return self.ln_f(x)
+
+    def forward(self, idx, instr=None, tuner=None, targets=None):
+        """Logits (B, T, V); or, given targets (B, T) with -1 where there is none, the mean loss in nats per target token.
+
+        With targets the head is computed only where there is one: with a vocabulary of 50,000, much of a small model's work.
+        """
+        x = self.hidden(idx, instr, tuner)
+        if targets is None:
+            return self.head(x)
+        there = targets >= 0
+        return F.cross_entropy(self.head(x[there]).float(), targets[there])
+
+    @torch.no_grad()
+    def prefill(self, idx, length, tuner=None, room=0):
+        """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next token, and a Cache with room for more."""
+        instr = torch.arange(idx.shape[1], device=idx.device) < length[:, None]
+        layers = []
+        x = self.hidden(idx, instr, tuner, layers)
+        k, _, slots = layers[0]
+        soft = k.shape[2] - slots.shape[1] - idx.shape[1]  # soft tokens among the embeddings: they take up room too
+        rows = torch.arange(len(idx), device=idx.device)
+        return self.head(x[rows, length - 1]), Cache(layers, length + soft, length, room)
+
+    @torch.no_grad()
+    def step(self, idx, cache):
+        """One more token for every row, idx (B,): logits (B, V) of the one after it.  No tuner: its work lies in the cache."""
+        x, rope = self.embed(idx[:, None], cache.pos[:, None])
+        cache.mask[:, torch.arange(len(idx), device=idx.device), 0, 0, cache.at] = True
+        for l, block in enumerate(self.h):
+            x = block.step(x, rope, cache.k[l], cache.v[l], cache.mask[l], cache.at)
+        cache.at += 1
+        cache.pos += 1
+        return self.head(self.ln_f(x))[:, 0]
+
+
+def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+    """Next tokens (B,) from logits (B, V): greedy at temperature 0, else sampled from the top k, from the smallest set of mass top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, order = (logits.float() / temperature).sort(-1, descending=True)
+    probs = logits.softmax(-1)
+    drop = probs.cumsum(-1) - probs >= top_p  # the mass before a token: so the first always stays
+    if top_k:
+        drop[:, top_k:] = True
+    drop[:, 0] = False
+    probs = probs.masked_fill(drop, 0)
+    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+
+@torch.no_grad()
+def generate(model, prompts, tuner=None, max_new=64, stop=None, seed=0, **sampling):
+    """Continue several prompts at once.
+
+    prompts    lists of token ids, of any lengths
+    stop       id at which a row ends (it is left out of the result)
+    sampling   temperature, top_k, top_p of `pick`
+
+    Returns the new tokens, a list per prompt.  Raises ValueError for an empty prompt and for one that leaves no room.
+    """
+    longest = max(map(len, prompts))
+    if not all(prompts):
+        raise ValueError("an empty prompt: there is nothing to continue")
+    if longest + max_new > model.config.block_size:
+        raise ValueError(f"a prompt of {longest} tokens and {max_new} new ones: this model has room for {model.config.block_size} (--max-new, or shorten the prompt)")
+    device = model.wte.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    idx = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
+    length = torch.tensor([len(p) for p in prompts], device=device)
+    logits, cache = model.prefill(idx, length, tuner, max_new)
+    out, done = [[] for _ in prompts], [False] * len(prompts)
+    for i in range(max_new):
+        new = pick(logits, generator=generator, **sampling)
+        for row, token in enumerate(new.tolist()):
+            done[row] = done[row] or token == stop
+            if not done[row]:
+                out[row].append(token)
+        if all(done) or i == max_new - 1:
+            break
+        logits = model.step(new, cache)
+    return out
