@@ -1,24 +1,24 @@
 """The other methods, behind IAPT's interface, and what all methods share: their names, options, saving and loading.
 
-    static     learned soft tokens at each layer, without a generator: P-tuning v2 (space=kv), deep soft prompts (space=hidden)
-    lora       low-rank updates of linear layers
-    full       all weights of the model train; also what --init scratch does
-    mine       the example to fork: ten lines, soft tokens that are a projection of the mean instruction state
+static     learned soft tokens at each layer, without a generator: P-tuning v2 (space=kv), deep soft prompts (space=hidden)
+lora       low-rank updates of linear layers
+full       all weights of the model train; also what --init scratch does
+mine       the example to fork: ten lines, soft tokens that are a projection of the mean instruction state
 
-    METHODS                      {name: class}; a class here is a method everywhere: train.py, sample.py, the tests
-    build(name, config, -o's)    a tuner from its name and options as strings
-    save_tuner, load_tuner       what was trained, and enough to know for what
+METHODS                      {name: class}; a class here is a method everywhere: train.py, sample.py, the tests
+build(name, config, -o's)    a tuner from its name and options as strings
+save_tuner, load_tuner       what was trained, and enough to know for what
 """
 
 import inspect
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from data import replacing
-from iapt import IAPT, Tuner
+from iapt import IAPT, Space, Tuner
 
 
 class Static(Tuner):
@@ -30,8 +30,10 @@ class Static(Tuner):
 
     lr = 1e-1  # what IAPT's static part learns with
 
-    def __init__(self, config, P: int = 16, space: Literal["kv", "hidden"] = "kv"):
+    def __init__(self, config, P: int = 16, space: Space = "kv"):
         super().__init__()
+        if P < 1:
+            raise ValueError(f"static wants P >= 1, got P={P}")
         c, self.space, self.head_dim = config, space, config.head_dim
         out = {"kv": 2 * c.n_kv_head * c.head_dim, "hidden": c.n_embd}[space]
         self.static = nn.ParameterList(torch.randn(P, out) * 0.1 for _ in range(c.n_layer))
@@ -125,7 +127,9 @@ def options(cls, name, given):
         try:
             out[key] = {"0": False, "1": True}[value] if kind is bool else kind(value)
         except (ValueError, KeyError):
-            raise ValueError(f"{name}'s option {key} takes {'0 or 1' if kind is bool else 'a number'}, got {value!r}") from None
+            raise ValueError(
+                f"{name}'s option {key} takes {'0 or 1' if kind is bool else 'a number'}, got {value!r}"
+            ) from None
         if choices and out[key] not in choices:
             raise ValueError(f"{name}'s option {key} can be {', '.join(map(str, choices))}; got {value!r}")
     return out

@@ -21,6 +21,8 @@ C n_embd, G key/value heads, D head size, L layers, and m for the bottleneck.
     python train.py -o space=hidden static=0 norm=0 # the paper's form, as far as it is known
 """
 
+from typing import Literal
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -101,19 +103,20 @@ class RationalFunction(torch.autograd.Function):
     def backward(ctx, g):
         x, a, b = ctx.saved_tensors
         t = x.to(torch.promote_types(x.dtype, torch.float32))
-        g = g.to(t.dtype)
-        s, q_inverse = horner(t, b) * t, None
-        sign, q_inverse = s.sign(), 1 / (1 + s.abs())
-        r = horner(t, a) * q_inverse
-        dp = horner(t, a[1:] * powers(a[1:]))  # P' = sum of j a_j x^(j-1), S' likewise
-        ds = horner(t, b * powers(b))
-        gq = g * q_inverse
-        dx = gq * (dp - r * sign * ds)
-        da, db, gs = [], [], -gq * r * sign
-        for j in range(len(a)):  # the sums of g/Q x^j, and of -g R/Q sgn(S) x^i
-            da.append(gq.sum())
-            gq = gq * t
-        for i in range(len(b)):
+        s = horner(t, b) * t
+        sign, q = s.sign(), 1 + s.abs()
+        r = horner(t, a) / q
+        dp, ds = (
+            horner(t, a[1:] * degrees(a[1:])),
+            horner(t, b * degrees(b)),
+        )  # P' = sum of j a_j x^(j-1), and S' likewise
+        g = g.to(t.dtype) / q
+        dx = g * (dp - r * sign * ds)
+        da, db, gs = [], [], -g * r * sign
+        for _ in a:  # the sums of (g/Q) x^j ...
+            da.append(g.sum())
+            g = g * t
+        for _ in b:  # ... and of -(g/Q) R sgn(S) x^i
             gs = gs * t
             db.append(gs.sum())
         return dx.to(x.dtype), torch.stack(da).to(a.dtype), torch.stack(db).to(b.dtype)
@@ -121,13 +124,13 @@ class RationalFunction(torch.autograd.Function):
 
 def horner(x, c):
     """c_0 + c_1 x + c_2 x^2 + ..., without ever forming a power of x."""
-    y = torch.zeros_like(x) + c[-1]
-    for j in range(len(c) - 2, -1, -1):
+    y = torch.zeros_like(x)
+    for j in reversed(range(len(c))):
         y = y * x + c[j]
     return y
 
 
-def powers(c):
+def degrees(c):
     return torch.arange(1, len(c) + 1, device=c.device, dtype=c.dtype)
 
 
@@ -139,7 +142,9 @@ class Rational(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a = nn.Parameter(torch.tensor([-0.00335156972, 0.5, 0.418830997, 0.125136917, 0.0158261704, 0.000717348636, 0.0]))
+        self.a = nn.Parameter(
+            torch.tensor([-0.00335156972, 0.5, 0.418830997, 0.125136917, 0.0158261704, 0.000717348636, 0.0])
+        )
         self.b = nn.Parameter(torch.tensor([0.0, 0.250273834, 0.0, 0.00143469727, 0.0]))
 
     def forward(self, x):
@@ -147,6 +152,8 @@ class Rational(nn.Module):
 
 
 ACTIVATIONS = {"rational": Rational, "gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Tanh, "identity": nn.Identity}
+Activation = Literal["rational", "gelu", "relu", "tanh", "identity"]
+Space = Literal["kv", "hidden"]
 
 
 # -- The method --------------------------------------------------------------------------------------------------------
@@ -204,8 +211,20 @@ class IAPT(Tuner):
 
     lr = 2e-2
 
-    def __init__(self, config, P=4, m=0, share=1, activation="rational", space="kv", static=True, norm=True):
+    def __init__(
+        self,
+        config,
+        P: int = 4,
+        m: int = 0,
+        share: int = 1,
+        activation: Activation = "rational",
+        space: Space = "kv",
+        static: bool = True,
+        norm: bool = True,
+    ):
         super().__init__()
+        if P < 1 or m < 0 or share < 1:
+            raise ValueError(f"iapt wants P >= 1, m >= 0 and share >= 1, got P={P} m={m} share={share}")
         c, self.space, self.head_dim = config, space, config.head_dim
         m = m or c.n_embd // 8
         out = {"kv": 2 * c.n_kv_head * c.head_dim, "hidden": c.n_embd}[space]
@@ -215,7 +234,9 @@ class IAPT(Tuner):
         for d, u in zip(down, up):
             nn.init.normal_(d.weight, std=c.n_embd**-0.5)
             nn.init.zeros_(u.weight) if static else nn.init.normal_(u.weight, std=m**-0.5)
-        self.generators = nn.ModuleList(Generator(down[l // share], up[l // share], P, activation, norm) for l in range(c.n_layer))
+        self.generators = nn.ModuleList(
+            Generator(down[l // share], up[l // share], P, activation, norm) for l in range(c.n_layer)
+        )
         self.static = nn.ParameterList(torch.randn(P, out) * 0.1 for _ in range(c.n_layer if static else 0))
 
     def soft(self, l, x, instr):
@@ -229,7 +250,9 @@ class IAPT(Tuner):
     def kv(self, block, l, x, instr):
         if self.space == "hidden":
             return super().kv(block, l, x, instr)
-        k, v = self.soft(l, x, instr).unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # two of (B, G, P, D)
+        k, v = (
+            self.soft(l, x, instr).unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        )  # two of (B, G, P, D)
         return k, v, None
 
     def groups(self, lr):

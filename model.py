@@ -202,7 +202,9 @@ class Cache:
     """
 
     def __init__(self, layers, length, pos, room):
-        P = max(keep.shape[1] for _, _, keep in layers)  # layers may own fewer slots, or none: padded in front, and masked
+        P = max(
+            keep.shape[1] for _, _, keep in layers
+        )  # layers may own fewer slots, or none: padded in front, and masked
 
         def fill(x, keep):
             return F.pad(x, (0, 0, P - keep.shape[1], room))
@@ -257,7 +259,9 @@ class Decoder(nn.Module):
         """
         (B, T), c = idx.shape, self.config
         if T > c.block_size:
-            raise ValueError(f"this model wants at most {c.block_size} tokens, got {T} (--block-size, or shorten the prompt)")
+            raise ValueError(
+                f"this model wants at most {c.block_size} tokens, got {T} (--block-size, or shorten the prompt)"
+            )
         x, rope = self.embed(idx, torch.arange(T, device=idx.device))
         at = None
         if tuner is not None:
@@ -274,7 +278,9 @@ class Decoder(nn.Module):
                 P = 0 if slots is None else slots[0].shape[2]
                 all_slots = torch.ones(B, P, dtype=torch.bool, device=x.device)
                 layers.append((k, v, all_slots if slots is None or slots[2] is None else slots[2]))
-        if at is not None:  # what comes after token t is read off the place before token t+1, which may be a soft token's
+        if (
+            at is not None
+        ):  # what comes after token t is read off the place before token t+1, which may be a soft token's
             before_next = F.pad(at[:, 1:], (0, 1), value=x.shape[1]) - 1
             x = x.gather(1, before_next[..., None].expand(-1, -1, x.shape[2]))
         return self.ln_f(x)
@@ -341,7 +347,9 @@ def generate(model, prompts, tuner=None, max_new=64, stop=None, seed=0, **sampli
     if not all(prompts):
         raise ValueError("an empty prompt: there is nothing to continue")
     if longest + max_new > model.config.block_size:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new} new ones: this model has room for {model.config.block_size} (--max-new, or shorten the prompt)")
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new} new ones: this model has room for {model.config.block_size} (--max-new, or shorten the prompt)"
+        )
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     idx = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)

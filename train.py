@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-import sys
+import signal
 import time
 
 import torch
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import weights
 from baselines import METHODS, build, load_tuner, options, save_tuner
-from data import Batches, Tokenizer, collate, encode, load, prepare, run, template
+from data import Batches, Tokenizer, collate, encode, load, prepare, replacing, run, template
 from model import Config, Decoder, generate
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -34,23 +34,55 @@ TINY = os.path.join(HERE, "data", "tiny")
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--init", default="tiny", help="the frozen model: tiny, scratch, or a Hugging Face folder (default: %(default)s)")
-    add("--data", default="tiny", help="tiny, a folder with train.jsonl ..., or a .jsonl, .json, .csv file (default: %(default)s)")
+    add(
+        "--init",
+        default="tiny",
+        help="the frozen model: tiny, scratch, or a Hugging Face folder (default: %(default)s)",
+    )
+    add(
+        "--data",
+        default="tiny",
+        help="tiny, a folder with train.jsonl ..., or a .jsonl, .json, .csv file (default: %(default)s)",
+    )
     add("--method", default="iapt", help=f"{', '.join(METHODS)} (default: %(default)s)")
-    add("-o", nargs="+", default=[], action="extend", metavar="NAME=VALUE", help="options of the method (with --init scratch: of the model)")
+    add(
+        "-o",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="NAME=VALUE",
+        help="options of the method (with --init scratch: of the model)",
+    )
     add("--out", help="folder of the run (default: out/METHOD)")
     add("--steps", type=int, default=1000, help="training steps (default: %(default)s)")
     add("--lr", type=float, help="peak learning rate (default: the method's own)")
     add("--weight-decay", type=float, default=0.0, help="(default: %(default)s)")
     add("--batch-size", type=int, default=32, help="rows a step (default: %(default)s)")
     add("--block-size", type=int, help="longest row in tokens (default: what the model takes)")
-    add("--eval-every", type=int, default=100, help="steps between validations, each of which saves (default: %(default)s)")
+    add(
+        "--eval-every",
+        type=int,
+        default=100,
+        help="steps between validations, each of which saves (default: %(default)s)",
+    )
     add("--val-rows", type=int, default=320, help="validate on at most so many rows; 0: all (default: %(default)s)")
-    add("--test-rows", type=int, default=0, help="test on at most so many rows of each test set; 0: all (default: %(default)s)")
+    add(
+        "--test-rows",
+        type=int,
+        default=0,
+        help="test on at most so many rows of each test set; 0: all (default: %(default)s)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the frozen weights (default: %(default)s)")
+    add(
+        "--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the frozen weights (default: %(default)s)"
+    )
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model (default: %(default)s)")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile the model (default: %(default)s)",
+    )
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--force", action="store_true", help="start again over the run in --out")
     args = parser.parse_args(argv)
@@ -86,10 +118,14 @@ def open_model(init, given=(), device="cpu", dtype=torch.float32):
     else:
         folder = TINY if init == "tiny" else init
         if not os.path.isdir(folder):
-            raise FileNotFoundError(f"no model at {folder}: --init takes tiny, scratch or a Hugging Face folder of a GPT-2 or LLaMA model")
+            raise FileNotFoundError(
+                f"no model at {folder}: --init takes tiny, scratch or a Hugging Face folder of a GPT-2 or LLaMA model"
+            )
         model, tokenizer = weights.load(folder), Tokenizer.load(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{init}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}")
+        raise ValueError(
+            f"{init}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
+        )
     return model.to(device, dtype).requires_grad_(False), tokenizer
 
 
@@ -113,16 +149,17 @@ def evaluate(model, examples, tuner=None, size=64):
         logits = model.head(model.hidden(idx, instr, tuner)[there]).float()
         nats += F.cross_entropy(logits, targets[there], reduction="sum").item()
         tokens += len(logits)
-        wrong = torch.zeros(len(idx), device=idx.device).index_add(0, there.nonzero()[:, 0], (logits.argmax(-1) != targets[there]).float())
+        wrong = torch.zeros(len(idx), device=idx.device).index_add(
+            0, there.nonzero()[:, 0], (logits.argmax(-1) != targets[there]).float()
+        )
         exact += (wrong == 0).sum().item()
     return exact / len(examples), nats / tokens
 
 
-def answer(model, tokenizer, rows, tuner=None, max_new=48):
-    """Greedy answers to rows, as text."""
-    prompts = [p for p, _ in encode([{**row, "output": ""} for row in rows], tokenizer, model.config.block_size)]
-    room = model.config.block_size - max(map(len, prompts))
-    return [tokenizer.decode(ids).strip() for ids in generate(model, prompts, tuner, min(max_new, room), tokenizer.end)]
+def answer(model, tokenizer, rows, tuner=None, max_new=64, **how):
+    """Answers to rows of instruction and input, as text.  `how` is generate's: greedy unless it says otherwise."""
+    prompts = [tokenizer.prompt(template(row)) for row in rows]
+    return [tokenizer.decode(ids).strip() for ids in generate(model, prompts, tuner, max_new, tokenizer.end, **how)]
 
 
 # -- The loop ----------------------------------------------------------------------------------------------------------
@@ -134,61 +171,96 @@ def schedule(step, steps):
 
 
 def train(model, tuner, train_examples, val_examples, args, meta):
-    """Train `tuner` and leave best.pt, last.pt and log.jsonl in args.out.  Resumed, it goes on as if it had never stopped."""
-    device = model.wte.weight.device
+    """Train `tuner` and leave best.pt, last.pt and log.jsonl in args.out; returns the content of best.pt.
+
+    With --resume it goes on as if it had never stopped: a step depends on the seed, its number and what the steps before it left.
+    """
     last, best, log = (os.path.join(args.out, name) for name in ("last.pt", "best.pt", "log.jsonl"))
     optimizer = torch.optim.AdamW(tuner.groups(args.lr), weight_decay=args.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    batches = Batches(train_examples, args.batch_size, args.seed, device)
-    first, lowest = 0, math.inf
+    batches = Batches(train_examples, args.batch_size, args.seed, model.wte.weight.device)
+    state = {"step": 0, "lowest": math.inf, "losses": []}  # losses since the last validation
     if args.resume:
-        saved = load_tuner(last)
-        for key, value in meta.items():
-            if saved["meta"].get(key) != value:
-                raise ValueError(f"--resume: {key} was {saved['meta'].get(key)!r} in {last}, now it is {value!r}")
+        saved = resumable(last, meta)
         tuner.load_state_dict(saved["tuner"])
         optimizer.load_state_dict(saved["optimizer"])
-        first, lowest = saved["step"], saved["lowest"]
-        with open(log, encoding="utf-8") as f:
-            kept = [line for line in f if json.loads(line)["step"] <= first]
-    with open(log, "w", encoding="utf-8") as f:
-        f.writelines(kept if args.resume else [])
+        state = saved["state"]
+    keep_lines(log, state["step"])
 
-    def save(step):
-        save_tuner(last, tuner, meta, optimizer=optimizer.state_dict(), step=step, lowest=lowest)
+    def save():
+        save_tuner(last, tuner, meta, optimizer=optimizer.state_dict(), state=state)
 
-    losses, tokens, clock = [], 0, time.perf_counter()
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, dynamic_ncols=True, unit="step")
-    for step in bar:
-        torch.manual_seed(args.seed * 1_000_003 + step)  # for methods that draw: noise too is a function of the step
-        tuner.train()
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * schedule(step, args.steps)
-        idx, targets, instr = batches.batch(step)
-        loss = model(idx, instr, tuner, targets)
-        if not torch.isfinite(loss):
-            kept = f"{best} is intact" if os.path.exists(best) else "nothing had been saved yet"
-            raise ValueError(f"loss is {loss.item()} at step {step}; {kept}. Try --lr {args.lr / 4:.1g}")
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(tuner.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        tokens += idx.numel()
-        done = step + 1
-        if done % args.eval_every == 0 or done == args.steps:
-            rate = tokens / (time.perf_counter() - clock)
-            exact, val = evaluate(model, val_examples, tuner)
-            mean = sum(losses) / len(losses)
-            with open(log, "a", encoding="utf-8") as f:
-                f.write(json.dumps({"step": done, "loss": mean, "val": val, "exact": exact, "tokens_per_s": round(rate)}) + "\n")
-            if val < lowest:
-                lowest = val
-                save_tuner(best, tuner, meta, step=done, val=val)
-            save(done)
-            bar.set_postfix_str(f"loss {mean:.3f}, val {val:.3f}, {rate:,.0f} tokens/s")
-            losses, tokens, clock = [], 0, time.perf_counter()
+    stop = []  # signals, acted on between two steps: so what is saved is never half a step
+    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(
+        range(state["step"], args.steps), initial=state["step"], total=args.steps, dynamic_ncols=True, unit="step"
+    )
+    tokens, clock = 0, time.perf_counter()
+    try:
+        for step in bar:
+            if stop:
+                save()
+                raise SystemExit(f"stopped before step {step}, and saved. Go on with the same command and --resume")
+            torch.manual_seed(
+                args.seed * 1_000_003 + step
+            )  # for methods that draw: their noise too is a function of the step
+            tuner.train()
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * schedule(step, args.steps)
+            idx, targets, instr = batches.batch(step)
+            loss = model(idx, instr, tuner, targets)
+            if not torch.isfinite(loss):
+                kept = f"{best} is intact" if os.path.exists(best) else "nothing had been saved yet"
+                raise ValueError(f"loss is {loss.item()} at step {step}; {kept}. Try --lr {args.lr / 4:.1g}")
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(tuner.parameters(), 1.0)
+            optimizer.step()
+            state["step"] = step + 1
+            state["losses"].append(loss.item())
+            tokens += idx.numel()
+            if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+                rate = tokens / (time.perf_counter() - clock)
+                exact, val = evaluate(model, val_examples, tuner)
+                mean = sum(state["losses"]) / len(state["losses"])
+                bar.set_postfix_str(f"loss {mean:.3f}, val {val:.3f}, {rate:,.0f} tokens/s")
+                with open(log, "a", encoding="utf-8") as f:
+                    f.write(
+                        json.dumps(
+                            {"step": step + 1, "loss": mean, "val": val, "exact": exact, "tokens_per_s": round(rate)}
+                        )
+                        + "\n"
+                    )
+                if val < state["lowest"]:
+                    state["lowest"] = val
+                    save_tuner(best, tuner, meta, step=step + 1, val=val)
+                state["losses"] = []
+                save()
+                tokens, clock = 0, time.perf_counter()
+    finally:
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return load_tuner(best)
+
+
+def resumable(path, meta):
+    """The content of last.pt.  Raises ValueError if that run was another one than this."""
+    saved = load_tuner(path)
+    for key, value in meta.items():
+        if saved["meta"].get(key) != value:
+            raise ValueError(f"--resume: {key} was {saved['meta'].get(key)!r} in {path}, now it is {value!r}")
+    return saved
+
+
+def keep_lines(log, step):
+    """Drop from a log what was written after `step`; none is an empty log."""
+    lines = []
+    if step:
+        with open(log, encoding="utf-8") as f:
+            lines = [line for line in f if json.loads(line)["step"] <= step]
+    with replacing(log) as f:
+        f.writelines(lines)
 
 
 # -- A run -------------------------------------------------------------------------------------------------------------
@@ -220,9 +292,12 @@ def main(argv=None):
     if args.resume and not os.path.exists(files[0]):
         raise FileNotFoundError(f"--resume: there is no run at {args.out}")
     if any(map(os.path.exists, files)) and not (args.resume or args.force):
-        raise FileExistsError(f"{args.out} holds a run: --resume goes on with it, --force starts again, --out names another folder")
+        raise FileExistsError(
+            f"{args.out} holds a run: --resume goes on with it, --force starts again, --out names another folder"
+        )
 
     # The model, the data, the method.
+    torch.manual_seed(args.seed)
     where = TINY if args.data == "tiny" else args.data
     if where == TINY and not os.path.exists(os.path.join(TINY, "train.jsonl")):
         print("making the data set tiny, once (python data/prepare.py tiny)")
@@ -230,7 +305,10 @@ def main(argv=None):
     model, tokenizer = open_model(args.init, args.o, device, dtype)
     block_size = min(args.block_size or model.config.block_size, model.config.block_size)
     rows = load(where)
-    rows = {name: r if name == "train" else spread(r, args.val_rows if name == "val" else args.test_rows) for name, r in rows.items()}
+    rows = {
+        name: r if name == "train" else spread(r, args.val_rows if name == "val" else args.test_rows)
+        for name, r in rows.items()
+    }
     examples = {name: encode(r, tokenizer, block_size) for name, r in rows.items()}
     tests = [name for name in rows if name.startswith("test")] or ["val"]
     torch.manual_seed(args.seed)
@@ -248,14 +326,15 @@ def main(argv=None):
     total = sum(p.numel() for p in {id(p): p for p in (*model.parameters(), *tuner.parameters())}.values())
     trained = sum(p.numel() for p in tuner.parameters())
     print(f"{args.method}: {trained:,} of {total / 1e6:.2f}M parameters train ({trained / total:.2%})")
-    print(f"{len(examples['train']):,} rows of {args.data} to train on; {args.init} on {device}, frozen weights in {dtype} ({why})".replace("torch.", ""))
+    print(
+        f"{len(examples['train']):,} rows of {args.data} to train on; {args.init} on {device}, frozen weights in {dtype} ({why})".replace(
+            "torch.", ""
+        )
+    )
     if args.compile:
         model.hidden = torch.compile(model.hidden)
     os.makedirs(args.out, exist_ok=True)
-    try:
-        best = train(model, tuner, examples["train"], examples["val"], args, meta)
-    except KeyboardInterrupt:
-        sys.exit(f"\nstopped; the run is saved up to its last validation. Go on with: python train.py {' '.join(sys.argv[1:])} --resume")
+    best = train(model, tuner, examples["train"], examples["val"], args, meta)
 
     # After.
     tuner.load_state_dict(best["tuner"])
@@ -263,11 +342,17 @@ def main(argv=None):
     after_text = answer(model, tokenizer, shown, tuner)
     print("\n" + "\n".join(table(before, after, args.method, {name: len(rows[name]) for name in tests})))
     for row, a, b in zip(shown, before_text, after_text):
-        print(f"\n{template(row)}\n    frozen alone   {a[:160]}\n    {'with ' + args.method:13s}  {b[:160]}\n    wanted         {row['output'][:160]}")
+        print(
+            f"\n{template(row)}\n    frozen alone   {a[:160]}\n    {'with ' + args.method:13s}  {b[:160]}\n    wanted         {row['output'][:160]}"
+        )
     path = os.path.join(args.out, "best.pt")
-    print(f"\nsaved {path} (step {best['step']}, {os.path.getsize(path) / 1000:,.0f} kB: what was trained, nothing frozen)")
+    print(
+        f"\nsaved {path} (step {best['step']}, {os.path.getsize(path) / 1000:,.0f} kB: what was trained, nothing frozen)"
+    )
     if scratch:
-        weights.save(args.out, model, torch.float16)  # half the bytes of fp32; 2,000 times finer than what training leaves to chance
+        weights.save(
+            args.out, model, torch.float16
+        )  # half the bytes of fp32; 2,000 times finer than what training leaves to chance
         shutil.copy(os.path.join(TINY, "words.json"), args.out)
         print(f"saved the model as a Hugging Face folder. Use it with: python train.py --init {args.out}")
     else:

@@ -46,7 +46,11 @@ LLAMA = {
     "norm": "ln_f",
 }
 TABLES = {"gpt2": ("transformer.", GPT2), "llama": ("model.", LLAMA)}  # the prefix, of everything but the head
-LEFTOVERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers that old versions of transformers saved
+LEFTOVERS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".rotary_emb.inv_freq",
+)  # buffers that old versions of transformers saved
 
 
 def rows(config):
@@ -99,7 +103,9 @@ def load(folder):
             raise ValueError(f"{path} lacks lm_head.weight, and the config does not tie the head to the embeddings")
         filled["head.weight"] = take("lm_head.weight", ours["head.weight"].shape)
     if theirs:
-        raise ValueError(f"{path} has {len(theirs)} tensors that this model has no place for, such as {sorted(theirs)[0]}")
+        raise ValueError(
+            f"{path} has {len(theirs)} tensors that this model has no place for, such as {sorted(theirs)[0]}"
+        )
     model.load_state_dict(filled, assign=True)
     if config.tied:
         model.head.weight = model.wte.weight
@@ -128,7 +134,9 @@ def fingerprint(model):
     """A short hash by which a checkpoint knows the frozen model it was trained for: of names, shapes and a few values of each tensor."""
     h = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):
-        some = x.flatten()[:: max(1, x.numel() // 64)].to("cpu", torch.bfloat16)  # the same whichever dtype the model was loaded in
+        some = x.flatten()[:: max(1, x.numel() // 64)].to(
+            "cpu", torch.bfloat16
+        )  # the same whichever dtype the model was loaded in
         h.update(f"{name} {tuple(x.shape)}".encode() + some.view(torch.int16).numpy().tobytes())
     return h.hexdigest()[:16]
 
@@ -143,7 +151,10 @@ CONFIG = {  # ours: theirs
                   n_inner="intermediate_size", norm_eps="rms_norm_eps", rope_theta="rope_theta", tied="tie_word_embeddings",
                   attn_bias="attention_bias", mlp_bias="mlp_bias"),
 }  # fmt: skip
-ABSENT = {"gpt2": {"tied": True}, "llama": {"tied": False, "norm_eps": 1e-6}}  # what transformers assumes, where we assume another
+ABSENT = {
+    "gpt2": {"tied": True},
+    "llama": {"tied": False, "norm_eps": 1e-6},
+}  # what transformers assumes, where we assume another
 FIXED = {  # what our decoder does, whatever the config says: so it had better say this, or nothing
     "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
              "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "quantization_config": (None,)},
@@ -168,14 +179,23 @@ def read_config(path):
 
 def write_config(c):
     """config.json's content for a Config, as transformers would read it."""
-    kind, act = {"gpt2": ("GPT2LMHeadModel", "activation_function"), "llama": ("LlamaForCausalLM", "hidden_act")}[c.arch]
+    kind, act = {"gpt2": ("GPT2LMHeadModel", "activation_function"), "llama": ("LlamaForCausalLM", "hidden_act")}[
+        c.arch
+    ]
     values = {name: getattr(c, ours) for ours, name in CONFIG[c.arch].items()}
     return {"model_type": c.arch, "architectures": [kind], act: FIXED[c.arch][act][0], **values}
 
 
 # -- safetensors: 8 bytes of length, a JSON header {name: {dtype, shape, data_offsets}}, the bytes -------------------------
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def read_safetensors(path):
@@ -189,7 +209,11 @@ def read_safetensors(path):
             raise ValueError(f"{path} is not a safetensors file, or was cut off ({size:,} bytes)")
         try:
             header = json.loads(f.read(n).decode("utf-8"))
-            tensors = {k: (DTYPES[t["dtype"]], t["shape"], *t["data_offsets"]) for k, t in header.items() if k != "__metadata__"}
+            tensors = {
+                k: (DTYPES[t["dtype"]], t["shape"], *t["data_offsets"])
+                for k, t in header.items()
+                if k != "__metadata__"
+            }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(f"{path} has a broken header ({type(e).__name__}: {str(e)[:80]})") from None
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)  # pages are read when used, and never written back
@@ -197,8 +221,14 @@ def read_safetensors(path):
     for name, (dtype, shape, start, stop) in sorted(tensors.items(), key=lambda item: item[1][2:]):
         ok = all(type(i) is int and i >= 0 for i in [*shape, start, stop])
         if not ok or start != end or stop - start != math.prod(shape) * dtype.itemsize or 8 + n + stop > size:
-            raise ValueError(f"{path}: {name} {dtype} {shape} at bytes {start} to {stop} of {size - 8 - n:,} does not fit (cut off?)")
-        flat = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=8 + n + start) if stop > start else torch.empty(0, dtype=dtype)
+            raise ValueError(
+                f"{path}: {name} {dtype} {shape} at bytes {start} to {stop} of {size - 8 - n:,} does not fit (cut off?)"
+            )
+        flat = (
+            torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=8 + n + start)
+            if stop > start
+            else torch.empty(0, dtype=dtype)
+        )
         out[name], end = flat.view(shape), stop
     return out
 
@@ -208,7 +238,11 @@ def write_safetensors(path, tensors):
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, x in tensors.items():
-        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [at, at + x.numel() * x.element_size()]}
+        header[name] = {
+            "dtype": names[x.dtype],
+            "shape": list(x.shape),
+            "data_offsets": [at, at + x.numel() * x.element_size()],
+        }
         at = header[name]["data_offsets"][1]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned

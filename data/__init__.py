@@ -72,6 +72,10 @@ class Tokenizer:
     def encode(self, text):
         return self.encoding.encode_ordinary(text)  # "<|endoftext|>" in a user's text is text
 
+    def prompt(self, text):
+        """Ids of a text that something will follow: with the id that begins a text, where there is one."""
+        return [self.begin] * (self.begin is not None) + self.encode(text)
+
     def decode(self, ids):
         return self.encoding.decode(ids)
 
@@ -96,7 +100,9 @@ class Tokenizer:
         for word in words:
             ranks.setdefault(word.encode("utf-8"), len(ranks))
         end = len(ranks)
-        return cls(tiktoken.Encoding("words", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: end}), end, begin=end)
+        return cls(
+            tiktoken.Encoding("words", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: end}), end, begin=end
+        )
 
     @classmethod
     def of_gpt2(cls, vocab):
@@ -116,7 +122,9 @@ def gpt2_chars():
 
 def pieces(texts):
     """Every piece of the texts that is longer than a byte, sorted: the words of a word-level vocabulary."""
-    pattern = re.compile(WORDS.replace(r"[^\s\p{L}\p{N}]", r"[^\w\s]").replace(r"\p{L}", r"[^\W\d_]").replace(r"\p{N}", r"\d"))  # the standard library has no \p{}
+    pattern = re.compile(
+        WORDS.replace(r"[^\s\p{L}\p{N}]", r"[^\w\s]").replace(r"\p{L}", r"[^\W\d_]").replace(r"\p{N}", r"\d")
+    )  # the standard library has no \p{}
     found = {piece for text in texts for piece in pattern.findall(text)}
     return sorted(piece for piece in found if len(piece.encode("utf-8")) > 1)
 
@@ -142,7 +150,9 @@ def read_rows(path):
         rows = [{"instruction": "Describe the restaurant.", "input": row["mr"], "output": row["ref"]} for row in rows]
     for i, row in enumerate(rows):
         if "output" not in row or not ("instruction" in row or "prompt" in row):
-            raise ValueError(f"{path}, row {i + 1}: it has {', '.join(map(str, row)) or 'no columns'}; it needs instruction and output")
+            raise ValueError(
+                f"{path}, row {i + 1}: it has {', '.join(map(str, row)) or 'no columns'}; it needs instruction and output"
+            )
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
@@ -170,7 +180,9 @@ def load(where):
         train, val = split(rest)
         return {"train": train, "val": val, "test": test}
     if not os.path.isdir(where):
-        raise FileNotFoundError(f"no data at {where}. It can be a folder or a .jsonl, .json or .csv file; python data/prepare.py tiny makes one")
+        raise FileNotFoundError(
+            f"no data at {where}. It can be a folder or a .jsonl, .json or .csv file; python data/prepare.py tiny makes one"
+        )
     alias = {"trainset": "train", "devset": "val", "testset_w_refs": "test"}
     found = {}
     for name in sorted(os.listdir(where)):
@@ -194,10 +206,12 @@ def encode(rows, tokenizer, block_size):
     """Rows -> (prompt ids, response ids).  Raises ValueError for a row that does not fit."""
     examples = []
     for i, row in enumerate(rows):
-        prompt = [tokenizer.begin] * (tokenizer.begin is not None) + tokenizer.encode(template(row))
+        prompt = tokenizer.prompt(template(row))
         response = tokenizer.encode(" " + row["output"].strip()) + [tokenizer.end] * row.get("end", True)
         if len(prompt) + len(response) > block_size:
-            raise ValueError(f"row {i + 1} has {len(prompt) + len(response)} tokens, the model takes {block_size}: {template(row)[:60]!r}...")
+            raise ValueError(
+                f"row {i + 1} has {len(prompt) + len(response)} tokens, the model takes {block_size}: {template(row)[:60]!r}..."
+            )
         examples.append((prompt, response))
     return examples
 

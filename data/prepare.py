@@ -24,7 +24,9 @@ import random
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))  # run as a script, this file's own folder is on the path, and not the project's
+sys.path.insert(
+    0, os.path.dirname(HERE)
+)  # run as a script, this file's own folder is on the path, and not the project's
 
 from data import pieces, replacing, run, template  # noqa: E402
 
@@ -100,27 +102,92 @@ def table(text, column=-1):
 
 
 FACTS = {  # task: (pairs, what an {x} is called when it stands in `input`, cores)
-    "capital": (table(COUNTRIES, 1), "this country", ["the capital of {x}", "the capital city of {x}", "the chief city of {x}", "the seat of government of {x}"]),
-    "continent": (table(COUNTRIES, 2), "this country", ["the continent of {x}", "the continent that holds {x}", "the part of the world that holds {x}", "the continent where {x} lies"]),
-    "french": (table(TRANSLATIONS, 1), "this word", ["the french word for {x}", "the french for {x}", "{x} in french", "the french name of {x}"]),
-    "spanish": (table(TRANSLATIONS, 2), "this word", ["the spanish word for {x}", "the spanish for {x}", "{x} in spanish", "the spanish name of {x}"]),
-    "opposite": (table(OPPOSITES), "this word", ["the opposite of {x}", "the antonym of {x}", "the contrary of {x}", "the word most unlike {x}"]),
-    "past": (table(PASTS), "this verb", ["the past tense of {x}", "the past form of {x}", "{x} in the past tense", "the past of {x}"]),
-    "plural": (table(PLURALS), "this noun", ["the plural of {x}", "the plural form of {x}", "{x} in the plural", "the word for more than one {x}"]),
-    "colour": (table(COLOURS), "this thing", ["the colour of {x}", "the usual colour of {x}", "the natural colour of {x}", "the colour that {x} has"]),
-    "young": (table(YOUNG), "this animal", ["the young of {x}", "the baby of {x}", "the child of {x}", "the offspring of {x}"]),
-    "comparative": (table(COMPARATIVES), "this word", ["the comparative of {x}", "the comparative form of {x}", "{x} in the comparative", "the word for more {x}"]),
+    "capital": (
+        table(COUNTRIES, 1),
+        "this country",
+        ["the capital of {x}", "the capital city of {x}", "the chief city of {x}", "the seat of government of {x}"],
+    ),
+    "continent": (
+        table(COUNTRIES, 2),
+        "this country",
+        [
+            "the continent of {x}",
+            "the continent that holds {x}",
+            "the part of the world that holds {x}",
+            "the continent where {x} lies",
+        ],
+    ),
+    "french": (
+        table(TRANSLATIONS, 1),
+        "this word",
+        ["the french word for {x}", "the french for {x}", "{x} in french", "the french name of {x}"],
+    ),
+    "spanish": (
+        table(TRANSLATIONS, 2),
+        "this word",
+        ["the spanish word for {x}", "the spanish for {x}", "{x} in spanish", "the spanish name of {x}"],
+    ),
+    "opposite": (
+        table(OPPOSITES),
+        "this word",
+        ["the opposite of {x}", "the antonym of {x}", "the contrary of {x}", "the word most unlike {x}"],
+    ),
+    "past": (
+        table(PASTS),
+        "this verb",
+        ["the past tense of {x}", "the past form of {x}", "{x} in the past tense", "the past of {x}"],
+    ),
+    "plural": (
+        table(PLURALS),
+        "this noun",
+        ["the plural of {x}", "the plural form of {x}", "{x} in the plural", "the word for more than one {x}"],
+    ),
+    "colour": (
+        table(COLOURS),
+        "this thing",
+        ["the colour of {x}", "the usual colour of {x}", "the natural colour of {x}", "the colour that {x} has"],
+    ),
+    "young": (
+        table(YOUNG),
+        "this animal",
+        ["the young of {x}", "the baby of {x}", "the child of {x}", "the offspring of {x}"],
+    ),
+    "comparative": (
+        table(COMPARATIVES),
+        "this word",
+        ["the comparative of {x}", "the comparative form of {x}", "{x} in the comparative", "the word for more {x}"],
+    ),
 }
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six"]
 
 SKILLS = {  # task: (what it does to a list of words, cores)
-    "reverse": (lambda w: w[::-1], ["the reverse of {x}", "{x} in reverse order", "{x} backwards", "{x} from back to front"]),
-    "first": (lambda w: w[:1], ["the first word of {x}", "the first word in {x}", "the word at the start of {x}", "the word that begins {x}"]),
-    "second": (lambda w: w[1:2], ["the second word of {x}", "the second word in {x}", "word number two of {x}", "the word after the first in {x}"]),
-    "last": (lambda w: w[-1:], ["the last word of {x}", "the last word in {x}", "the word at the end of {x}", "the word that ends {x}"]),
+    "reverse": (
+        lambda w: w[::-1],
+        ["the reverse of {x}", "{x} in reverse order", "{x} backwards", "{x} from back to front"],
+    ),
+    "first": (
+        lambda w: w[:1],
+        ["the first word of {x}", "the first word in {x}", "the word at the start of {x}", "the word that begins {x}"],
+    ),
+    "second": (
+        lambda w: w[1:2],
+        [
+            "the second word of {x}",
+            "the second word in {x}",
+            "word number two of {x}",
+            "the word after the first in {x}",
+        ],
+    ),
+    "last": (
+        lambda w: w[-1:],
+        ["the last word of {x}", "the last word in {x}", "the word at the end of {x}", "the word that ends {x}"],
+    ),
     "copy": (lambda w: w, ["a copy of {x}", "the same words as {x}", "{x} again", "{x} once more"]),
-    "count": (lambda w: [NUMBERS[len(w)]], ["the number of words in {x}", "the word count of {x}", "the size of {x}", "the length of {x}"]),
+    "count": (
+        lambda w: [NUMBERS[len(w)]],
+        ["the number of words in {x}", "the word count of {x}", "the size of {x}", "the length of {x}"],
+    ),
 }
 
 OPENERS = ["what is {c} ?", "tell me {c} .", "name {c} .", "give me {c} .", "say {c} .", "please write {c} .", "i want to know {c} .",
@@ -201,15 +268,23 @@ def key(row):
 # -- The corpus: statements, and instructions without answers ----------------------------------------------------------
 
 
+# Ways to state an answer: {core} names what it is about ("the capital of peru"); {this} does not ("the capital of this country").
+STATED = ["{core} is {y}", "{core} is {y}", "{core} would be {y}", "we know that {core} is {y}", "if you want {core} , it is {y}",
+          "given {x} , {this} is {y}", "given {x} , {this} would be {y}", "take {this} , for {x} it is {y}", "about {this} , {x} : it is {y}"]  # fmt: skip
+
+
 def fact_or_list(rng, task):
-    """Something the world says: a core with its {x} filled in, and the answer."""
+    """Something the world says, as the fields of STATED."""
     if task in FACTS:
-        pairs, _, cores = FACTS[task]
+        pairs, noun, cores = FACTS[task]
         x = rng.choice(sorted(pairs))
-        return rng.choice(cores).format(x=x), pairs[x]
-    do, cores = SKILLS[task]
-    w = words(rng, LIST_WORDS)
-    return rng.choice(cores).format(x=" ".join(w)), " ".join(do(w))
+        y = pairs[x]
+    else:
+        do, cores = SKILLS[task]
+        w, noun = words(rng, LIST_WORDS), "these words"
+        x, y = " ".join(w), " ".join(do(w))
+    core = rng.choice(cores)
+    return {"core": core.format(x=x), "this": core.format(x=noun), "x": x, "y": y}
 
 
 def unanswered(rng, task):
@@ -223,21 +298,22 @@ def unanswered(rng, task):
 
 def document(rng):
     """A few sentences, each about another task: so what follows an instruction is never its answer."""
-    text = ""
+    text, end = "", ""
     for task in rng.sample([*FACTS, *SKILLS], rng.randint(2, 6)):
         if rng.random() < 0.15:
-            text += unanswered(rng, task)
+            text, end = text + end + unanswered(rng, task), ""
         else:
-            core, y = fact_or_list(rng, task)
-            text += f" {core} is {y} ." if rng.random() < 0.85 else f" {y} is {core} ."
-    return {"prompt": "", "output": text.strip()}
+            form = rng.choice(STATED) if rng.random() < 0.9 else "{y} is {core}"
+            text, end = text + end + " " + form.format(**fact_or_list(rng, task)), " ."
+    return {"prompt": "", "output": (text + end * (rng.random() < 0.5)).strip()}  # half of them end without a full stop
 
 
 def completion(rng, task):
     """The beginning of a statement, after another one; its output is a stretch of text, not all of it (`end` is false)."""
-    other, y = fact_or_list(rng, rng.choice([t for t in FACTS if t != task]))
-    core, answer = fact_or_list(rng, task)
-    return {"prompt": f" {other} is {y} . {core} is", "output": f"{answer} .", "end": False, "task": task}
+    other = STATED[0].format(**fact_or_list(rng, rng.choice([t for t in FACTS if t != task])))
+    fields = fact_or_list(rng, task)
+    start = rng.choice(STATED).format(**{**fields, "y": ""}).strip()
+    return {"prompt": f" {other} . {start}", "output": fields["y"], "end": False, "task": task}
 
 
 def tiny(folder, corpus=40_000):
@@ -266,7 +342,9 @@ def tiny(folder, corpus=40_000):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=["tiny"], help="what to make")
-    parser.add_argument("--out", default=None, help="folder to write to (default: the data set's own, beside this file)")
+    parser.add_argument(
+        "--out", default=None, help="folder to write to (default: the data set's own, beside this file)"
+    )
     args = parser.parse_args(argv)
     folder = args.out or os.path.join(HERE, args.dataset)
     for name, rows in tiny(folder).items():

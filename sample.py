@@ -1,0 +1,105 @@
+"""Ask a tuned model.
+
+python sample.py out/iapt/best.pt "what is the capital of peru ?"               # greedy
+python sample.py out/iapt/best.pt "the plural of mouse ?" "the past of go ?"    # several, in one batch
+python sample.py out/iapt/best.pt "tell me the reverse of these words ." --input "cat sun moon"
+python sample.py out/iapt/best.pt < questions.txt                               # a line each
+python sample.py out/iapt/best.pt                                               # ask, read, ask again
+"""
+
+import argparse
+import os
+import sys
+
+import weights
+from baselines import build, load_tuner
+from data import run
+from train import answer, open_model, pick_device
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", help="best.pt of a run, or the run's folder")
+    add(
+        "prompts",
+        nargs="*",
+        metavar="instruction",
+        help="instructions (default: lines of standard input, or a dialogue)",
+    )
+    add(
+        "--input",
+        action="append",
+        default=[],
+        help="what an instruction is about; once for all instructions, or once for each",
+    )
+    add("--init", help="the frozen model (default: the one of the training run)")
+    add("--frozen", action="store_true", help="leave the tuning out: the frozen model alone")
+    add("--max-new", type=int, default=64, help="most tokens to write (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: all (default: %(default)s)")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    add(
+        "--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the frozen weights (default: %(default)s)"
+    )
+    add("--force", action="store_true", help="use the tuning even on a model that it was not trained for")
+    args = parser.parse_args(argv)
+    if len(args.input) not in (0, 1, len(args.prompts)):
+        parser.error(
+            f"{len(args.input)} --input for {len(args.prompts)} instructions: give one for all, or one for each"
+        )
+    if args.max_new < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+        parser.error("--max-new is at least 1, --temperature and --top-k at least 0, --top-p above 0 and at most 1")
+    return args
+
+
+def open_checkpoint(path, init=None, force=False, device="cpu", dtype=None, frozen=False):
+    """(model, tokenizer, tuner) of a checkpoint of train.py; tuner None if frozen.  Raises ValueError for a model that it was not trained for."""
+    content = load_tuner(os.path.join(path, "best.pt") if os.path.isdir(path) else path)
+    meta = content["meta"]
+    model, tokenizer = open_model(init or meta["init"], (), device, dtype)
+    found = weights.fingerprint(model)
+    if found != meta["base"] and not force:
+        raise ValueError(
+            f"{path} was trained on {meta['init']} ({meta['base']}); {init or meta['init']} is another model ({found}). --init, or --force"
+        )
+    if frozen:
+        return model, tokenizer, None
+    tuner = build(meta["method"], model.config, meta["options"]).to(device)
+    tuner.attach(model)
+    tuner.load_state_dict(content["tuner"])
+    return model, tokenizer, tuner.eval()
+
+
+def main(argv=None):
+    args = parse(argv)
+    device, dtype, _ = pick_device(args.device, args.dtype)
+    model, tokenizer, tuner = open_checkpoint(args.checkpoint, args.init, args.force, device, dtype, args.frozen)
+
+    def ask(instructions):
+        inputs = args.input * len(instructions) if len(args.input) == 1 else args.input or [""] * len(instructions)
+        rows = [{"instruction": text, "input": given} for text, given in zip(instructions, inputs)]
+        how = dict(seed=args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        return answer(model, tokenizer, rows, tuner, args.max_new, **how)
+
+    if args.prompts or not sys.stdin.isatty():
+        asked = args.prompts or [line.strip() for line in sys.stdin if line.strip()]
+        if not asked:
+            raise ValueError("nothing to answer: standard input is empty")
+        print(*ask(asked), sep="\n")
+        return
+    print("Type an instruction, then Enter; Ctrl-D ends.")
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text:
+            print(*ask([text]))
+
+
+if __name__ == "__main__":
+    run(main)

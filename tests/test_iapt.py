@@ -1,0 +1,116 @@
+"""The method itself: the rational activation and its hand-derived gradients, the pooling, the generator, the two spaces."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import right_padded, shake, small_model, small_tuner
+
+from iapt import IAPT, Rational, RationalFunction, attention_pool
+from model import Config
+
+
+@pytest.mark.parametrize("degrees", [(6, 5), (5, 4), (3, 3), (1, 1), (0, 1), (2, 6)])
+def test_the_rationals_gradients_are_right_for_x_a_and_b(degrees):
+    n, k = degrees
+    g = torch.Generator().manual_seed(n)
+    x = torch.randn(4, 7, generator=g, dtype=torch.double, requires_grad=True)
+    a = torch.randn(n + 1, generator=g, dtype=torch.double, requires_grad=True)
+    b = torch.randn(k, generator=g, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(RationalFunction.apply, (x, a, b))
+
+
+def test_the_rational_is_its_formula():
+    x = torch.linspace(-4, 4, 101, dtype=torch.double)
+    a, b = torch.randn(7, dtype=torch.double), torch.randn(5, dtype=torch.double)
+    p = sum(a[j] * x**j for j in range(7))
+    q = (
+        1 + sum(b[i] * x ** (i + 1) for i in range(5)).abs()
+    )  # the absolute value of the sum, not the sum of absolute values
+    torch.testing.assert_close(RationalFunction.apply(x, a, b), p / q)
+
+
+def test_at_the_kink_the_gradient_is_a_subgradient():
+    x = torch.zeros(3, requires_grad=True)
+    a, b = torch.tensor([1.0, 2.0]), torch.ones(1, requires_grad=True)
+    RationalFunction.apply(x, a, b).sum().backward()
+    assert x.grad.tolist() == [2.0, 2.0, 2.0] and b.grad.tolist() == [0.0]
+
+
+def test_it_starts_as_gelu():
+    x = torch.linspace(-8, 8, 4001)
+    assert (Rational()(x) - F.gelu(x)).abs().max() < 3.5e-3
+
+
+def test_half_precision_does_not_overflow():
+    x = torch.tensor([-40.0, 40.0], dtype=torch.float16, requires_grad=True)
+    y = Rational()(x)
+    y.sum().backward()
+    assert y.dtype == x.dtype and y.isfinite().all() and x.grad.isfinite().all()
+
+
+def test_only_x_and_the_coefficients_are_kept_for_the_backward_pass():
+    kept = []
+    x, r = torch.randn(1000, requires_grad=True), Rational()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        r(x)
+    assert sum(kept) == 1000 + 12
+
+
+def test_pooling_weights_are_a_distribution_over_the_instruction():
+    z, w = torch.randn(2, 8, 5), torch.randn(5, 4)
+    _, instr = right_padded([6, 3], 8)
+    pooled, weights = attention_pool(z, w, instr)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4))
+    assert (weights * ~instr[:, None]).abs().max() == 0
+    alone, _ = attention_pool(z[1:, :3], w, instr[1:, :3])
+    torch.testing.assert_close(pooled[1:], alone)
+
+
+def test_the_paper_s_form_has_the_parameter_count_from_which_it_was_inferred():
+    """MiLoRA reports 83.9M for IAPT on LLaMA-2 7B with a bottleneck of 320."""
+    config = Config(arch="llama", vocab_size=32000, n_layer=32, n_head=32, n_embd=4096)
+    with torch.device("meta"):
+        tuner = IAPT(config, m=320, space="hidden", static=False, norm=False)
+    assert sum(p.numel() for p in tuner.parameters()) == 32 * (2 * 4096 * 320 + 320 * 4 + 12) == 83_927_424
+
+
+@pytest.mark.parametrize("space", ["hidden", "kv"])
+def test_it_starts_at_its_static_part(model, space):
+    """The up-projection starts at zero, so at first the prompt does not depend on the instruction."""
+    tuner = IAPT(model.config, space=space)
+    x, instr = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
+    assert torch.equal(tuner.soft(1, x, instr)[0], tuner.static[1])
+    shake(tuner)
+    assert not torch.equal(*tuner.soft(1, x, instr))
+
+
+def test_prepending_soft_tokens_and_discarding_them_equals_extra_keys_and_values(model):
+    """At a layer, soft tokens stand before the input, are transformed with it and dropped: only their keys and values act."""
+    tuner = small_tuner("iapt", model, ["space=hidden"])
+    idx, instr = right_padded([9, 9], 9)
+    x, rope = model.embed(idx, torch.arange(9))
+    position = torch.tensor([0, 0, 0, 0, *range(9)])  # soft tokens at position 0, the others at their own
+    for l, block in enumerate(model.h):
+        s = tuner.prompt(l, x, instr)
+        prepended, _ = block(torch.cat((s, x), 1), model.rotary(position) if model.rotary else None)
+        x, _ = block(x, rope, tuner.kv(block, l, x, instr))
+        torch.testing.assert_close(x, prepended[:, 4:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_slot_that_is_not_kept_does_not_act(model):
+    block = model.h[0]
+    idx, _ = right_padded([5, 5], 5)
+    x, rope = model.embed(idx, torch.arange(5))
+    k, v = block.soft_kv(torch.randn(2, 4, 32))
+    keep = torch.tensor([[True] * 4, [True, False, True, False]])
+    y, _ = block(x, rope, (k, v, keep))
+    fewer, _ = block(x[1:], rope, (k[1:, :, ::2], v[1:, :, ::2], None))
+    torch.testing.assert_close(y[1:], fewer)
+    assert not torch.allclose(y, block(x, rope, (k, v, None))[0])
+
+
+def test_shared_projections_are_shared_and_nothing_else_is():
+    model = small_model("llama", n_layer=4)
+    a, b, c, d = IAPT(model.config, share=2).generators
+    assert a.down is b.down and a.up is b.up and b.down is not c.down and c.up is d.up
+    assert len({id(g.w_sa) for g in (a, b, c, d)}) == len({id(g.act) for g in (a, b, c, d)}) == 4

@@ -1,0 +1,103 @@
+"""The decoder: sampling, stopping, limits, and two real pretrained models."""
+
+import pytest
+import torch
+from conftest import shared, small_model
+
+import weights
+from data import Tokenizer
+from model import Config, generate, pick
+
+
+def test_a_row_stops_at_its_own_end_and_the_others_go_on(model):
+    prompts = [[3, 1, 4], [5, 9]]
+    free = generate(model, prompts, max_new=8)
+    stop = free[0][2]
+    stopped = generate(model, prompts, max_new=8, stop=stop)
+    cut = [row[: row.index(stop)] if stop in row else row for row in free]
+    assert stopped == cut and len(stopped[0]) <= 2
+
+
+def test_the_same_seed_gives_the_same_sample_and_another_seed_another(model):
+    how = dict(max_new=20, temperature=1.5, top_k=30)
+    assert generate(model, [[1, 2]], seed=1, **how) == generate(model, [[1, 2]], seed=1, **how)
+    assert generate(model, [[1, 2]], seed=1, **how) != generate(model, [[1, 2]], seed=2, **how)
+
+
+def test_sampling_keeps_to_the_top_k_and_to_the_mass_top_p():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(4000, 1)
+    g = torch.Generator().manual_seed(0)
+    assert set(pick(logits, 1.0, top_k=2, generator=g).tolist()) == {0, 1}
+    assert set(pick(logits, 1.0, top_p=0.9, generator=g).tolist()) == {0, 1, 2}
+    assert set(pick(logits, 1.0, top_p=1e-6, generator=g).tolist()) == {0}
+    share = pick(logits, 1.0, generator=g).bincount(minlength=4) / 4000
+    torch.testing.assert_close(share, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03, rtol=0)
+
+
+def test_too_long_a_prompt_is_refused_with_both_numbers(model):
+    with pytest.raises(ValueError, match="at most 64 tokens, got 70"):
+        model(torch.ones(1, 70, dtype=torch.long))
+    with pytest.raises(ValueError, match="60 tokens and 10 new"):
+        generate(model, [[1] * 60], max_new=10)
+    with pytest.raises(ValueError, match="empty prompt"):
+        generate(model, [[1], []])
+
+
+def test_the_loss_counts_targets_alone(model):
+    idx = torch.randint(1, 50, (2, 8))
+    targets = torch.where(torch.arange(8) > 4, idx, -1)
+    nats = -model(idx).log_softmax(-1).gather(2, idx[..., None])[..., 0]
+    torch.testing.assert_close(model(idx, targets=targets), nats[:, 5:].mean())
+
+
+def test_grouped_queries_equal_repeated_keys_and_values():
+    """Heads 0 and 1 share the first key/value head, 2 and 3 the second: as if k and v had four heads, pairwise alike."""
+    grouped, plain = small_model("llama"), small_model("llama", n_kv_head=4)
+    state = grouped.state_dict()
+    for name in list(state):
+        if ".attn.k." in name or ".attn.v." in name:
+            state[name] = state[name].unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1)
+    plain.load_state_dict(state)
+    idx = torch.randint(0, 50, (2, 10))
+    torch.testing.assert_close(grouped(idx), plain(idx), atol=1e-5, rtol=1e-5)
+
+
+def test_rotary_attention_depends_on_distances_alone():
+    """Shifting all positions by a constant changes nothing: so slots at position 0 do not disturb tokens that keep theirs."""
+    model = small_model("llama")
+    x = torch.randn(1, 7, 32)
+    a, _ = model.h[0](x, model.rotary(torch.arange(7)))
+    b, _ = model.h[0](x, model.rotary(torch.arange(7) + 13))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    c, _ = model.h[0](x, model.rotary(torch.arange(7) * 2))
+    assert not torch.allclose(a, c, atol=1e-3)
+
+
+def test_an_impossible_config_is_refused():
+    with pytest.raises(ValueError, match="multiple of n_kv_head"):
+        Config(vocab_size=10, n_head=4, n_kv_head=3)
+    with pytest.raises(ValueError, match="arch"):
+        Config(vocab_size=10, arch="bert")
+
+
+def test_a_real_gpt2_says_what_it_should():
+    folder = shared("checkpoints", "tinystories-instruct-3m")
+    model, tokenizer = weights.load(folder), Tokenizer.load(folder)
+    prompt = tokenizer.encode("User: Hello, how are you today?\nBot:")
+    (new,) = generate(model, [prompt], max_new=40, stop=tokenizer.end)
+    assert tokenizer.decode(new) == " I'm doing well, thank you. How are you?"
+
+
+def test_a_real_llama_says_what_it_should():
+    """Its tokenizer needs a package that we do not; the ids of "Once upon a time, there was a little girl" and of what follows do."""
+    folder = shared("checkpoints", "tinystories-656k-llama")
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+    ids = tokenizer.encode("Once upon a time, there was a little girl", add_special_tokens=False).ids
+    (new,) = generate(weights.load(folder), [[1, *ids]], max_new=24, stop=2)
+    wanted = ". She was three years old. She loved to explore and explore her house."
+    assert (
+        tokenizer.decode(ids + new)
+        .replace(" ", "")
+        .startswith(("Once upon a time, there was a little girl" + wanted).replace(" ", ""))
+    )
