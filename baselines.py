@@ -1,13 +1,17 @@
-"""The other methods, behind IAPT's interface, and what all methods share: their names, options, saving and loading.
+"""The other methods behind IAPT's interface:
 
-static     learned soft tokens at each layer, without a generator: P-tuning v2 (space=kv), deep soft prompts (space=hidden)
-lora       low-rank updates of linear layers
-full       all weights of the model train; also what --init scratch does
-mine       the example to fork: ten lines, soft tokens that are a projection of the mean instruction state
+    static    learned soft tokens at each layer: P-tuning v2 (space=kv), deep soft prompts (space=hidden)
+    lora      low-rank updates of linear layers
+    full      all weights of the model train
+    mine      the example to fork: soft tokens that are a projection of the mean instruction state
 
-METHODS                      {name: class}; a class here is a method everywhere: train.py, sample.py, the tests
-build(name, config, -o's)    a tuner from its name and options as strings
-save_tuner, load_tuner       what was trained, and enough to know for what
+and what all methods share:
+
+    METHODS                       {name: class}; what stands here is a method everywhere: train.py, sample.py, the tests
+    build(name, config, given)    a tuner from its name and its options as strings
+    save_tuner, load_tuner        what was trained, and for what
+
+Each class reads alone.  Letters for shapes are those of model.py.
 """
 
 import inspect
@@ -18,14 +22,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import replacing
-from iapt import IAPT, Space, Tuner
+from iapt import IAPT, Space, Tuner, split_kv
 
 
 class Static(Tuner):
     """P learned soft tokens at every layer, the same for every instruction.
 
-    space='kv' learns keys and values (P-tuning v2, arXiv 2110.07602, without a reparametrising MLP), 2 G D P L parameters;
-    space='hidden' learns hidden states that pass through the layer's own norm and projections, C P L parameters.
+    space='kv' learns keys and values (P-tuning v2, arXiv 2110.07602, without a reparametrising MLP), 2 G D P L
+    parameters; space='hidden' learns hidden states that pass through the layer's own norm and projections, C P L
+    parameters.
     """
 
     lr = 1e-1  # what IAPT's static part learns with
@@ -44,8 +49,7 @@ class Static(Tuner):
     def kv(self, block, l, x, instr):
         if self.space == "hidden":
             return super().kv(block, l, x, instr)
-        k, v = self.prompt(l, x, instr).unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
-        return k, v, None
+        return split_kv(self.prompt(l, x, instr), self.head_dim)
 
 
 class LoRA(Tuner):
@@ -114,7 +118,9 @@ METHODS = {"iapt": IAPT, "static": Static, "lora": LoRA, "full": Full, "mine": M
 
 
 def options(cls, name, given):
-    """['P=8', ...] -> {'P': 8}, checked against a class's arguments: their names, the types of their defaults, their choices."""
+    """['P=8', ...] -> {'P': 8}, checked against a class's arguments: their names, the types of their defaults, their
+    choices.
+    """
     known = {k: p for k, p in inspect.signature(cls).parameters.items() if p.default is not p.empty}
     out = {}
     for text in given:

@@ -1,24 +1,24 @@
 """IAPT, instruction-aware prompt tuning (arXiv 2405.18203), in one file.
 
-A language model stays frozen.  At each of its layers a small generator reads the hidden states H of the *instruction* and writes P = 4
-soft tokens for that layer; everything that follows may attend to them.  Only the generators learn.  Per layer:
+A language model stays frozen.  At each of its layers a small generator reads the hidden states H of the *instruction*
+and writes P = 4 soft tokens for that layer, to which all that follows may attend.  Only the generators learn:
 
-    H (T, C)   the instruction's hidden states entering the layer
-    Z = H W_down                          down-projection to m dimensions, m << C
-    A = softmax(Z W_sa)   over T          attention pooling: column p says what soft token p reads
-    Q = A^T Z                             (P, m): the instruction, summed up P times
-    S = R(Q) W_up                         a learned rational activation, then the up-projection
+    H  (T, C)               the instruction's hidden states entering the layer
+    Z = H W_down            (T, m)  down-projection, m << C
+    A = softmax_T(Z W_sa)   (T, P)  attention pooling: column p says what soft token p reads
+    Q = A^T Z               (P, m)  the instruction, summed up P times
+    S = R(Q) W_up           (P, C)  a learned rational activation R, then the up-projection
 
-It is done once, when the prompt is read.  After that the soft tokens are P entries of the key/value cache, and each further token
-costs what it costs the frozen model.
+It is done once, when the prompt is read.  After that the soft tokens are P entries of the key/value cache, and every
+further token costs what it costs the frozen model.
 
-Read on for, in this order: the interface that IAPT shares with every other method (Tuner), the activation (RationalFunction,
-Rational), the pooling, the generator, and IAPT itself.  Letters for shapes are those of model.py: B batch, T tokens, P soft tokens,
-C n_embd, G key/value heads, D head size, L layers, and m for the bottleneck.
+What follows: the interface that IAPT shares with every other method (Tuner), the activation (RationalFunction,
+Rational), the pooling, a layer's generator, IAPT.  Letters for shapes are those of model.py: B batch, T tokens, P soft
+tokens, C n_embd, G key/value heads, D head size, L layers; and m for the bottleneck.
 
-    python train.py                                # train it
-    python train.py -o P=8 m=32 activation=gelu    # any argument of IAPT.__init__ is an option
-    python train.py -o space=hidden static=0 norm=0 # the paper's form, as far as it is known
+    python train.py                                  # train it
+    python train.py -o P=8 m=32 activation=gelu      # any argument of IAPT.__init__ is an option
+    python train.py -o space=hidden static=0 norm=0  # the paper's form, as far as it is known
 """
 
 from typing import Literal
@@ -33,41 +33,38 @@ import torch.nn.functional as F
 class Tuner(nn.Module):
     """A way to tune a frozen decoder.  Override what you need: the defaults do nothing.
 
-    A tuner is handed hidden states and returns soft tokens.  It keeps no state between calls, so nothing stale survives a step.
+    The decoder hands a tuner its hidden states x and instr (B, T), True on the instruction.  Look nowhere else: the
+    rest is padding and the response, and a prompt that has seen the response has seen the labels.  A tuner keeps
+    nothing between calls, so nothing stale survives a step.
     """
 
-    lr = 1e-2  # the default of train.py's --lr
+    lr = 1e-2  # what train.py takes for --lr
 
     def attach(self, model):
-        """Called once, before training or use: the place for hooks on the frozen model's modules (and for detach to undo them)."""
+        """Once, before training or use: put hooks on the frozen model's modules."""
 
     def detach(self):
         """Leave the model as attach found it."""
 
     def embed(self, x, instr):
-        """Once a sequence: embeddings x (B, T, C) -> (x with soft tokens among them (B, T', C), where each token went (B, T))."""
+        """Once a sequence: embeddings x (B, T, C) -> x with soft tokens (B, T', C), and where tokens went (B, T)."""
         return x, None
 
     def prompt(self, l, x, instr):
-        """Once a layer: hidden states x (B, T, C) entering layer l -> its soft tokens (B, P, C), or None.
-
-        instr (B, T) is True on the instruction.  Look nowhere else: the rest is padding and the response, and a prompt that has
-        seen the response has seen the labels.
-        """
-        return None
+        """Once a layer: the hidden states x (B, T, C) that enter layer l -> its soft tokens (B, P, C), or None."""
 
     def kv(self, block, l, x, instr):
-        """Once a layer: the keys and values of its soft tokens: None, or (k, v, keep) with k, v (B, G, P, D).
+        """Once a layer: keys and values of its soft tokens, (k, v, keep) with k, v (B, G, P, D), or None.
 
-        Each layer's soft tokens replace the layer below's, so nothing ever reads what becomes of one: only its key and value act.
-        By default these come from `prompt`, through the layer's own frozen norm and projections.  keep (B, P) tells which of a row's
-        slots exist; None: all.
+        Each layer's soft tokens replace those of the layer below, so nothing reads what becomes of one: only its key
+        and value act.  Here they come from `prompt`, through the layer's own frozen norm and projections.  keep (B, P)
+        says which slots a row has; None: all.
         """
         s = self.prompt(l, x, instr)
         return None if s is None else (*block.soft_kv(s.to(x.dtype)), None)
 
     def groups(self, lr):
-        """Parameter groups for the optimizer."""
+        """Parameter groups for the optimizer, where some parameters want another rate than lr."""
         return [{"params": list(self.parameters()), "lr": lr}]
 
 
@@ -77,17 +74,17 @@ class Tuner(nn.Module):
 class RationalFunction(torch.autograd.Function):
     """R(x) = P(x) / Q(x),  P = a_0 + a_1 x + ... + a_n x^n,  Q = 1 + |S|,  S = b_1 x + ... + b_k x^k.
 
-    x any shape; a (n+1,), b (k,).  Q >= 1, so there is no pole ("safe" Pade units, arXiv 1907.06732, here with one absolute value
-    around the whole sum).  Computed in fp32 at least: x^6 overflows fp16 near |x| = 6.
+    x of any shape, a (n+1,), b (k,).  Q >= 1, so there is no pole ("safe" Pade units, arXiv 1907.06732, here with one
+    absolute value around the whole sum).  Computed in fp32 at least: in fp16, x^6 overflows near |x| = 6.
 
-    The gradients, for a loss whose derivative by R is g.  The quotient rule, with dQ = sgn(S) dS:
+    The gradients are the quotient rule with dQ = sgn(S) dS, and P, S linear in their coefficients:
 
-        dR/da_j =  x^j / Q                             (P is linear in a)
-        dR/db_i = -(P / Q^2) sgn(S) x^i                (so is S in b)
-        dR/dx   =  P' / Q - (P / Q^2) sgn(S) S'  =  (P' - R sgn(S) S') / Q
+        dR/da_j =  x^j / Q
+        dR/db_i = -(P / Q^2) sgn(S) x^i                        =  -R sgn(S) x^i / Q
+        dR/dx   =  P' / Q - (P / Q^2) sgn(S) S'                =  (P' - R sgn(S) S') / Q
 
-    At S = 0, where |S| has a kink, sgn(0) = 0 is a sub-gradient.  Everything follows from x, so x is all that is kept: autograd alone
-    would keep every intermediate product of the polynomials.
+    At S = 0, where |S| has its kink, sgn(0) = 0 gives a sub-gradient.  All of it follows from x, so x is all that is
+    kept for the backward pass; left to itself, autograd would keep every intermediate product of both polynomials.
     """
 
     @staticmethod
@@ -106,14 +103,12 @@ class RationalFunction(torch.autograd.Function):
         s = horner(t, b) * t
         sign, q = s.sign(), 1 + s.abs()
         r = horner(t, a) / q
-        dp, ds = (
-            horner(t, a[1:] * degrees(a[1:])),
-            horner(t, b * degrees(b)),
-        )  # P' = sum of j a_j x^(j-1), and S' likewise
+        dp = horner(t, [j * a[j] for j in range(1, len(a))])  # P', the sum of j a_j x^(j-1)
+        ds = horner(t, [(i + 1) * b[i] for i in range(len(b))])  # S' likewise
         g = g.to(t.dtype) / q
         dx = g * (dp - r * sign * ds)
         da, db, gs = [], [], -g * r * sign
-        for _ in a:  # the sums of (g/Q) x^j ...
+        for _ in a:  # sums over x of (g/Q) x^j ...
             da.append(g.sum())
             g = g * t
         for _ in b:  # ... and of -(g/Q) R sgn(S) x^i
@@ -130,21 +125,16 @@ def horner(x, c):
     return y
 
 
-def degrees(c):
-    return torch.arange(1, len(c) + 1, device=c.device, dtype=c.dtype)
-
-
 class Rational(nn.Module):
-    """A rational activation of degrees (6, 5) whose 12 coefficients are learned; it starts as GELU, within 3.4e-3 on [-8, 8].
+    """A rational activation of degrees (6, 5), 12 learned coefficients; at first it is GELU, within 3.4e-3 on [-8, 8].
 
-    Our own least-squares fit.  Published "GELU" coefficients of this shape are often for 1 + sum |b_i x^i|, another function.
+    These are our own least-squares fit: published ones are often meant for Q = 1 + |b_1 x| + |b_2 x^2| + ...
     """
 
     def __init__(self):
         super().__init__()
-        self.a = nn.Parameter(
-            torch.tensor([-0.00335156972, 0.5, 0.418830997, 0.125136917, 0.0158261704, 0.000717348636, 0.0])
-        )
+        a = [-0.00335156972, 0.5, 0.418830997, 0.125136917, 0.0158261704, 0.000717348636, 0.0]
+        self.a = nn.Parameter(torch.tensor(a))
         self.b = nn.Parameter(torch.tensor([0.0, 0.250273834, 0.0, 0.00143469727, 0.0]))
 
     def forward(self, x):
@@ -153,24 +143,24 @@ class Rational(nn.Module):
 
 ACTIVATIONS = {"rational": Rational, "gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Tanh, "identity": nn.Identity}
 Activation = Literal["rational", "gelu", "relu", "tanh", "identity"]
-Space = Literal["kv", "hidden"]
-
+Space = Literal["kv", "hidden"]  # what a soft token is: a key and a value, or a hidden state
 
 # -- The method --------------------------------------------------------------------------------------------------------
 
 
 def attention_pool(z, w_sa, instr):
-    """z (B, T, m), w_sa (m, P), instr (B, T) -> what P query columns read of the instruction (B, P, m), and their weights (B, P, T)."""
+    """What P query columns w_sa (m, P) read of z (B, T, m): (B, P, m), and with which weights: (B, P, T)."""
     scores = (z @ w_sa).masked_fill(~instr[..., None], float("-inf"))  # never the padding, never the response
     weights = scores.softmax(1).transpose(1, 2)
     return weights @ z, weights
 
 
-class Generator(nn.Module):
-    """One layer's generator: hidden states (B, T, C) and instr (B, T) -> (B, P, out).
+def rms(x):
+    return F.rms_norm(x, x.shape[-1:])
 
-    `down` and `up` may be shared between layers; the pooling and the activation are the layer's own.
-    """
+
+class Generator(nn.Module):
+    """A layer's generator: hidden states (B, T, C) and instr (B, T) -> (B, P, out).  Layers may share down and up."""
 
     def __init__(self, down, up, P, activation, norm):
         super().__init__()
@@ -179,15 +169,11 @@ class Generator(nn.Module):
         self.act = ACTIVATIONS[activation]()
 
     def forward(self, x, instr):
-        # Our choice: H and Q are brought to unit mean square.  Hidden states grow along the layers, and some of their dimensions are
-        # huge in every model; and R is at its most interesting around 1.  norm=0 leaves this out, as the paper does.
+        # Our choice: bring H and Q to unit mean square.  Hidden states grow along the layers, some of their dimensions
+        # are huge in every model, and it is around 1 that R has its shape.  The paper mentions no norm: norm=0.
         z = self.down(rms(x.float()) if self.norm else x.float())
         q, _ = attention_pool(z, self.w_sa, instr)
         return self.up(self.act(rms(q) if self.norm else q))
-
-
-def rms(x):
-    return F.rms_norm(x, x.shape[-1:])
 
 
 class IAPT(Tuner):
@@ -195,72 +181,58 @@ class IAPT(Tuner):
 
         P            soft tokens a layer
         m            bottleneck of the generator; 0 means C / 8
-        share        so many neighbouring layers share one down- and one up-projection
-        activation   rational, gelu, relu, tanh, identity
-        space        what the generator writes: 'kv', keys and values, or 'hidden', hidden states that pass through the layer's own norm
-                     and projections
-        static       add a learned constant, at which a generator that starts at zero starts
+        share        this many neighbouring layers share one down- and one up-projection
+        activation   rational, gelu, relu, tanh or identity
+        space        what it writes: 'kv', keys and values; 'hidden', states that pass the layer's norm, k and v
+        static       add a learned constant; the up-projection starts at zero, so training starts at a static prompt
         norm         bring H and Q to unit mean square
 
-    The paper is, as far as we know, space=hidden static=0 norm=0.  A soft token that passes through the norm has a length that it
-    cannot change, so its key cannot grow to draw attention, nor its value to matter: four of them can hardly steer a small model.
-    Writing keys and values directly lifts that; the README has the measurements.
+    The paper's form is, as far as we know, space=hidden static=0 norm=0.  There a soft token has the length that the
+    frozen norm gives it: its key cannot grow to draw attention, nor its value to matter.  The README measures that.
 
-    Trainable parameters with share=1: L (C m + m P + m out + 12), and P out for each static part; out is C, or 2 G D in 'kv'.
+    Trainable: L (C m + m P + m out + 12), and L P out for the static part; out is C in 'hidden', 2 G D in 'kv'.
     """
 
     lr = 2e-2
 
     def __init__(
-        self,
-        config,
-        P: int = 4,
-        m: int = 0,
-        share: int = 1,
-        activation: Activation = "rational",
-        space: Space = "kv",
-        static: bool = True,
-        norm: bool = True,
-    ):
+        self, config, P: int = 4, m: int = 0, share: int = 1, activation: Activation = "rational", space: Space = "kv",
+        static: bool = True, norm: bool = True,
+    ):  # fmt: skip
         super().__init__()
         if P < 1 or m < 0 or share < 1:
             raise ValueError(f"iapt wants P >= 1, m >= 0 and share >= 1, got P={P} m={m} share={share}")
-        c, self.space, self.head_dim = config, space, config.head_dim
-        m = m or c.n_embd // 8
-        out = {"kv": 2 * c.n_kv_head * c.head_dim, "hidden": c.n_embd}[space]
-        groups = -(-c.n_layer // share)
-        down = [nn.Linear(c.n_embd, m, bias=False) for _ in range(groups)]
-        up = [nn.Linear(m, out, bias=False) for _ in range(groups)]
-        for d, u in zip(down, up):
-            nn.init.normal_(d.weight, std=c.n_embd**-0.5)
-            nn.init.zeros_(u.weight) if static else nn.init.normal_(u.weight, std=m**-0.5)
-        self.generators = nn.ModuleList(
-            Generator(down[l // share], up[l // share], P, activation, norm) for l in range(c.n_layer)
-        )
-        self.static = nn.ParameterList(torch.randn(P, out) * 0.1 for _ in range(c.n_layer if static else 0))
-
-    def soft(self, l, x, instr):
-        """What layer l's generator writes, with its static part: (B, P, out)."""
-        s = self.generators[l](x, instr)
-        return s + self.static[l] if len(self.static) else s
+        self.space, self.head_dim, C, L = space, config.head_dim, config.n_embd, config.n_layer
+        m, out = m or C // 8, C if space == "hidden" else 2 * config.n_kv_head * config.head_dim
+        down = [nn.Linear(C, m, bias=False) for _ in range(0, L, share)]
+        up = [nn.Linear(m, out, bias=False) for _ in range(0, L, share)]
+        for d, u in zip(down, up, strict=True):
+            nn.init.normal_(d.weight, std=C**-0.5)
+            nn.init.normal_(u.weight, std=0.0 if static else m**-0.5)
+        owned = [(down[l // share], up[l // share]) for l in range(L)]
+        self.generators = nn.ModuleList(Generator(d, u, P, activation, norm) for d, u in owned)
+        self.static = nn.ParameterList(torch.randn(P, out) * 0.1 for _ in range(L if static else 0))
 
     def prompt(self, l, x, instr):
-        return self.soft(l, x, instr)
+        s = self.generators[l](x, instr)
+        return s + self.static[l] if len(self.static) else s  # (B, P, out)
 
     def kv(self, block, l, x, instr):
         if self.space == "hidden":
             return super().kv(block, l, x, instr)
-        k, v = (
-            self.soft(l, x, instr).unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
-        )  # two of (B, G, P, D)
-        return k, v, None
+        return split_kv(self.prompt(l, x, instr), self.head_dim)
 
     def groups(self, lr):
-        # Adam moves every parameter by about lr a step, whatever its size: too far for coefficients that multiply x^6, not far
-        # enough for constants that start at 0.1 and end near 1.
-        own = {"static": 5 * lr, "act": lr / 20}
-        by_lr = {}
+        # Adam moves every parameter by about lr a step, whatever its size: too far for coefficients that multiply x^6,
+        # not far enough for constants that start at 0.1 and have to end around 1.
+        rates, by_rate = {"static": 5 * lr, "act": lr / 20}, {}
         for name, p in self.named_parameters():
-            part = next((part for part in own if part in name.split(".")), None)
-            by_lr.setdefault(own.get(part, lr), []).append(p)
-        return [{"params": params, "lr": lr} for lr, params in by_lr.items()]
+            rate = next((rates[part] for part in name.split(".") if part in rates), lr)
+            by_rate.setdefault(rate, []).append(p)
+        return [{"params": params, "lr": rate} for rate, params in by_rate.items()]
+
+
+def split_kv(s, head_dim):
+    """(B, P, 2 G D) -> keys and values (B, G, P, D), and None: every row has all its slots."""
+    k, v = s.unflatten(-1, (2, -1, head_dim)).permute(2, 0, 3, 1, 4)
+    return k, v, None

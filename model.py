@@ -11,17 +11,17 @@ A map of this file, top to bottom:
     Decoder      embed -> blocks -> norm -> head;  forward, prefill, step
     generate     text from prompts of different lengths, in one batch
 
-The one thing a plain decoder lacks: before each block the decoder asks `tuner.kv(block, l, x, instr)` for P more keys and values
-(see `Tuner` in iapt.py), and the block attends to them beside its own.  That happens when whole sequences are read; `step`,
-which writes one more token, takes no tuner: by then a prompt is nothing but P entries of the cache.
+The one thing a plain decoder lacks: before each block the decoder asks `tuner.kv(block, l, x, instr)` for P more keys
+and values (see `Tuner` in iapt.py), and the block attends to them beside its own.  That happens when whole sequences
+are read; `step`, which writes one more token, takes no tuner: by then a prompt is nothing but P entries of the cache.
 
     >>> import torch
     >>> model = Decoder(Config(vocab_size=100, block_size=32, n_layer=2, n_head=4, n_embd=64))
     >>> model(torch.zeros(1, 5, dtype=torch.long)).shape
     torch.Size([1, 5, 100])
 
-Letters for shapes, here and everywhere: B rows of a batch, T tokens, P soft tokens, C n_embd, H heads, G key/value heads,
-D size of a head, V vocabulary, L layers.
+Letters for shapes, here and everywhere: B rows of a batch, T tokens, P soft tokens, C n_embd, H heads, G key/value
+heads, D size of a head, V vocabulary, L layers.
 """
 
 from dataclasses import dataclass
@@ -39,8 +39,8 @@ class Config:
         'gpt2'    learned     LayerNorm   tanh-GELU    everywhere
         'llama'   rotary      RMSNorm     SwiGLU       where `attn_bias`, `mlp_bias` say so
 
-    `n_kv_head` < `n_head` is grouped-query attention.  Zeros mean: derive it (n_kv_head = n_head, head_dim = n_embd / n_head,
-    n_inner = 4 n_embd for GPT-2 and 8/3 n_embd, rounded up to a multiple of 32, for LLaMA).
+    `n_kv_head` < `n_head` is grouped-query attention.  Zeros mean: derive it (n_kv_head = n_head, head_dim = n_embd /
+    n_head, n_inner = 4 n_embd for GPT-2 and 8/3 n_embd, rounded up to a multiple of 32, for LLaMA).
     """
 
     vocab_size: int
@@ -170,7 +170,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x)), (k, v)
 
     def step(self, x, rope, k_cache, v_cache, mask, at):
-        """One token a row: x (B, 1, C) writes its key and value at index `at` (B,) of the cache and looks at where mask is True."""
+        """One token a row: x (B, 1, C) writes its key and value at `at` (B,) in the cache; looks where mask is True."""
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
         rows = torch.arange(len(x), device=x.device)
         k_cache[rows, :, at], v_cache[rows, :, at] = k[:, :, 0], v[:, :, 0]
@@ -179,9 +179,10 @@ class Block(nn.Module):
 
 
 def slot_mask(T, P, keep, device):
-    """Who sees what: every token sees the slots that `keep` (B, P) keeps (None: all) and, causally, the tokens: (.., T, P+T).
+    """(.., T, P+T): every token sees the slots that `keep` (B, P) keeps (None: all) and, causally, the tokens.
 
-    Not `is_causal=True`: with P slots in front the score matrix is not square, and its diagonal is not the tokens' diagonal.
+    Not `is_causal=True`: with P slots in front the score matrix is not square, and its diagonal is not the tokens'
+    diagonal.
     """
     causal = torch.ones(T, P + T, dtype=torch.bool, device=device).tril(P)
     if keep is None:
@@ -197,8 +198,8 @@ class Cache:
         at       (B,)                  index at which a row's next token will be written
         pos      (B,)                  its position
 
-    Prompts are right-padded and each row goes on at its own length, over its own padding: so prompts of different lengths
-    decode together.  The shapes never change, so a decode step can be compiled once.
+    Prompts are right-padded and each row goes on at its own length, over its own padding: so prompts of different
+    lengths decode together.  The shapes never change, so a decode step can be compiled once.
     """
 
     def __init__(self, layers, length, pos, room):
@@ -252,7 +253,7 @@ class Decoder(nn.Module):
 
         idx     (B, T)  tokens, right-padded
         instr   (B, T)  True on the tokens of the instruction, the only ones a tuner may read
-        tuner           asked for soft tokens at the embeddings and at each layer (see `Tuner` in iapt.py); None: the plain model
+        tuner           asked for soft tokens at the embeddings and at each layer (`Tuner` in iapt.py), or None
         layers          a list to which each layer's (k, v, keep) is appended, for a `Cache`
 
         Raises ValueError if T > block_size.
@@ -286,9 +287,10 @@ class Decoder(nn.Module):
         return self.ln_f(x)
 
     def forward(self, idx, instr=None, tuner=None, targets=None):
-        """Logits (B, T, V); or, given targets (B, T) with -1 where there is none, the mean loss in nats per target token.
+        """Logits (B, T, V); or, given targets (B, T) with -1 where there is none, the mean loss in nats per target.
 
-        With targets the head is computed only where there is one: with a vocabulary of 50,000, much of a small model's work.
+        The head is then computed only where there is a target: at a vocabulary of 50,000 it is much of a small model's
+        work.
         """
         x = self.hidden(idx, instr, tuner)
         if targets is None:
@@ -298,7 +300,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def prefill(self, idx, length, tuner=None, room=0):
-        """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next token, and a Cache with room for more."""
+        """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next one, and a Cache."""
         instr = torch.arange(idx.shape[1], device=idx.device) < length[:, None]
         layers = []
         x = self.hidden(idx, instr, tuner, layers)
@@ -309,7 +311,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def step(self, idx, cache):
-        """One more token for every row, idx (B,): logits (B, V) of the one after it.  No tuner: its work lies in the cache."""
+        """One more token a row, idx (B,): logits (B, V) of the one after it.  No tuner: its work lies in the cache."""
         x, rope = self.embed(idx[:, None], cache.pos[:, None])
         cache.mask[:, torch.arange(len(idx), device=idx.device), 0, 0, cache.at] = True
         for l, block in enumerate(self.h):
@@ -320,7 +322,10 @@ class Decoder(nn.Module):
 
 
 def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-    """Next tokens (B,) from logits (B, V): greedy at temperature 0, else sampled from the top k, from the smallest set of mass top_p."""
+    """Next tokens (B,) from logits (B, V): the likeliest at temperature 0, else drawn.
+
+    Drawn from the top_k likeliest (0: all), and from the fewest likeliest tokens that have the mass top_p.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     logits, order = (logits.float() / temperature).sort(-1, descending=True)
@@ -348,7 +353,8 @@ def generate(model, prompts, tuner=None, max_new=64, stop=None, seed=0, **sampli
         raise ValueError("an empty prompt: there is nothing to continue")
     if longest + max_new > model.config.block_size:
         raise ValueError(
-            f"a prompt of {longest} tokens and {max_new} new ones: this model has room for {model.config.block_size} (--max-new, or shorten the prompt)"
+            f"a prompt of {longest} tokens and {max_new} new ones: this model has room for {model.config.block_size}"
+            " (--max-new, or shorten the prompt)"
         )
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)

@@ -35,7 +35,7 @@ def parse(argv=None):
     )
     add("--init", help="the frozen model (default: the one of the training run)")
     add("--frozen", action="store_true", help="leave the tuning out: the frozen model alone")
-    add("--max-new", type=int, default=64, help="most tokens to write (default: %(default)s)")
+    add("--max-new", type=int, default=0, help="most tokens to write (default: 64, or as many as fit)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: all (default: %(default)s)")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (default: %(default)s)")
@@ -50,20 +50,23 @@ def parse(argv=None):
         parser.error(
             f"{len(args.input)} --input for {len(args.prompts)} instructions: give one for all, or one for each"
         )
-    if args.max_new < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
-        parser.error("--max-new is at least 1, --temperature and --top-k at least 0, --top-p above 0 and at most 1")
+    if args.max_new < 0 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+        parser.error("--max-new, --temperature and --top-k are at least 0, --top-p above 0 and at most 1")
     return args
 
 
 def open_checkpoint(path, init=None, force=False, device="cpu", dtype=None, frozen=False):
-    """(model, tokenizer, tuner) of a checkpoint of train.py; tuner None if frozen.  Raises ValueError for a model that it was not trained for."""
+    """(model, tokenizer, tuner) of a checkpoint of train.py; tuner None if frozen.  Raises ValueError for a model that
+    it was not trained for.
+    """
     content = load_tuner(os.path.join(path, "best.pt") if os.path.isdir(path) else path)
     meta = content["meta"]
     model, tokenizer = open_model(init or meta["init"], (), device, dtype)
     found = weights.fingerprint(model)
     if found != meta["base"] and not force:
         raise ValueError(
-            f"{path} was trained on {meta['init']} ({meta['base']}); {init or meta['init']} is another model ({found}). --init, or --force"
+            f"{path} was trained on {meta['init']} ({meta['base']}); {init or meta['init']} is another model ({found}):"
+            " name the right one with --init, or --force it"
         )
     if frozen:
         return model, tokenizer, None

@@ -1,13 +1,13 @@
 """Train a method on a frozen model, and show what it brought.
 
-    python train.py                                        # IAPT on the shipped backbone and data; no download, no GPU, minutes
+    python train.py                                        # IAPT on the shipped model and data: no download, no GPU
     python train.py --method lora -o r=4                   # another method, with its options
     python train.py --init FOLDER --data FOLDER_OR_FILE    # a Hugging Face folder of GPT-2 or LLaMA; your own rows
     python train.py --init scratch --data data/tiny/pretrain --method full     # pretrain a backbone
 
-A run writes into --out: best.pt (the trained tensors with the lowest validation loss), last.pt (to --resume), log.jsonl.
+A run writes into --out: best.pt (what was trained, at the lowest validation loss), last.pt (to --resume), log.jsonl.
 
-A map: `parse` the command line, `open_model`, `evaluate`, the loop in `train`, and `main`, which scores the test sets before and after.
+A map: `parse`, the command line; `open_model`; `evaluate`; `train`, the loop; `main`, which scores before and after.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def pick_device(device="auto", dtype="auto"):
 
 
 def open_model(init, given=(), device="cpu", dtype=torch.float32):
-    """A frozen decoder and its tokenizer: the shipped one, a Hugging Face folder's, or (scratch) a new one for tiny's words."""
+    """A frozen decoder and its tokenizer: the shipped one, a folder's, or (scratch) a new one with tiny's words."""
     if init == "scratch":
         tokenizer = Tokenizer.load(TINY)
         defaults = {"arch": "llama", "block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 128}
@@ -136,8 +136,8 @@ def open_model(init, given=(), device="cpu", dtype=torch.float32):
 def evaluate(model, examples, tuner=None, size=64):
     """(exact match, nats per response token) over examples.
 
-    Exact match is the share of rows of which greedy decoding would reproduce every token, the end included.  That needs no decoding:
-    it is so exactly if each token of the response is the likeliest one after those before it.
+    Exact match is the share of rows of which greedy decoding would reproduce every token, the end included.  That
+    needs no decoding: it is so exactly if each token of the response is the likeliest one after those before it.
     """
     if tuner is not None:
         tuner.eval()
@@ -156,9 +156,14 @@ def evaluate(model, examples, tuner=None, size=64):
     return exact / len(examples), nats / tokens
 
 
-def answer(model, tokenizer, rows, tuner=None, max_new=64, **how):
-    """Answers to rows of instruction and input, as text.  `how` is generate's: greedy unless it says otherwise."""
+def answer(model, tokenizer, rows, tuner=None, max_new=0, **how):
+    """Answers to rows of instruction and input, as text.
+
+    At most max_new tokens each; 0 means 64, or as many as there is room for.  `how` goes to `generate`, which is greedy
+    unless told otherwise.
+    """
     prompts = [tokenizer.prompt(template(row)) for row in rows]
+    max_new = max_new or max(1, min(64, model.config.block_size - max(map(len, prompts))))
     return [tokenizer.decode(ids).strip() for ids in generate(model, prompts, tuner, max_new, tokenizer.end, **how)]
 
 
@@ -173,7 +178,8 @@ def schedule(step, steps):
 def train(model, tuner, train_examples, val_examples, args, meta):
     """Train `tuner` and leave best.pt, last.pt and log.jsonl in args.out; returns the content of best.pt.
 
-    With --resume it goes on as if it had never stopped: a step depends on the seed, its number and what the steps before it left.
+    With --resume it goes on as if it had never stopped: a step depends on the seed, its number and what the steps
+    before it left.
     """
     last, best, log = (os.path.join(args.out, name) for name in ("last.pt", "best.pt", "log.jsonl"))
     optimizer = torch.optim.AdamW(tuner.groups(args.lr), weight_decay=args.weight_decay)
@@ -282,6 +288,15 @@ def table(before, after, method, sizes):
         yield f"{name:{width}}  {sizes[name]:6,}  {cells[0]}{before[name][1]:11.3f}  {cells[1]}{after[name][1]:11.3f}"
 
 
+def examples_before_and_after(rows, before, after, method):
+    """What was asked, what either model says, and what was wanted, as lines of text."""
+    for row, *said in zip(rows, before, after):
+        yield "    ".join(template(row).strip().splitlines()).removesuffix("Response:").strip()
+        for name, text in zip(("frozen alone", f"with {method}", "wanted"), (*said, row["output"])):
+            yield f"    {name:15s} {' '.join(text.split())[:160]}"
+        yield ""
+
+
 def main(argv=None):
     args = parse(argv)
     device, dtype, why = pick_device(args.device, args.dtype)
@@ -314,23 +329,21 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     tuner = build(args.method, model.config, [] if scratch else args.o).to(device)
     args.lr = args.lr or tuner.lr
-    meta = {"method": args.method, "options": args.o, "init": args.init, "base": weights.fingerprint(model), "data": args.data,
-            "seed": args.seed, "steps": args.steps, "lr": args.lr, "batch_size": args.batch_size, "weight_decay": args.weight_decay}  # fmt: skip
+    meta = {"method": args.method, "options": args.o, "init": args.init, "base": weights.fingerprint(model),
+            "data": args.data, "seed": args.seed, "steps": args.steps, "lr": args.lr, "batch_size": args.batch_size,
+            "weight_decay": args.weight_decay}  # fmt: skip
 
     # Before: the frozen model alone.
     shown = [row for name in tests for row in spread(rows[name], 2)][:6]
     before = {name: evaluate(model, examples[name]) for name in tests}
-    before_text = answer(model, tokenizer, shown)
+    texts = [answer(model, tokenizer, shown)]
 
     tuner.attach(model)
-    total = sum(p.numel() for p in {id(p): p for p in (*model.parameters(), *tuner.parameters())}.values())
-    trained = sum(p.numel() for p in tuner.parameters())
+    everything = {id(p): p for p in (*model.parameters(), *tuner.parameters())}.values()
+    total, trained = sum(p.numel() for p in everything), sum(p.numel() for p in tuner.parameters())
     print(f"{args.method}: {trained:,} of {total / 1e6:.2f}M parameters train ({trained / total:.2%})")
-    print(
-        f"{len(examples['train']):,} rows of {args.data} to train on; {args.init} on {device}, frozen weights in {dtype} ({why})".replace(
-            "torch.", ""
-        )
-    )
+    print(f"{args.init} on {device}, frozen in {str(dtype).removeprefix('torch.')} ({why})")
+    print(f"{args.data}: {', '.join(f'{name} {len(r):,}' for name, r in rows.items())} rows")
     if args.compile:
         model.hidden = torch.compile(model.hidden)
     os.makedirs(args.out, exist_ok=True)
@@ -339,22 +352,16 @@ def main(argv=None):
     # After.
     tuner.load_state_dict(best["tuner"])
     after = {name: evaluate(model, examples[name], tuner) for name in tests}
-    after_text = answer(model, tokenizer, shown, tuner)
-    print("\n" + "\n".join(table(before, after, args.method, {name: len(rows[name]) for name in tests})))
-    for row, a, b in zip(shown, before_text, after_text):
-        print(
-            f"\n{template(row)}\n    frozen alone   {a[:160]}\n    {'with ' + args.method:13s}  {b[:160]}\n    wanted         {row['output'][:160]}"
-        )
+    texts.append(answer(model, tokenizer, shown, tuner))
     path = os.path.join(args.out, "best.pt")
-    print(
-        f"\nsaved {path} (step {best['step']}, {os.path.getsize(path) / 1000:,.0f} kB: what was trained, nothing frozen)"
-    )
-    if scratch:
-        weights.save(
-            args.out, model, torch.float16
-        )  # half the bytes of fp32; 2,000 times finer than what training leaves to chance
+    size = os.path.getsize(path) / 1000
+    print("\n" + "\n".join(table(before, after, args.method, {name: len(rows[name]) for name in tests})))
+    print("\n" + "\n".join(examples_before_and_after(shown, *texts, args.method)))
+    print(f"saved {path}: what was trained, nothing frozen (step {best['step']}, {size:,.0f} kB)")
+    if scratch:  # in fp16: half the bytes, and rounding that is small beside what training leaves to chance
+        weights.save(args.out, model, torch.float16)
         shutil.copy(os.path.join(TINY, "words.json"), args.out)
-        print(f"saved the model as a Hugging Face folder. Use it with: python train.py --init {args.out}")
+        print(f"saved the model, too, as a Hugging Face folder: python train.py --init {args.out}")
     else:
         given = f" --input {json.dumps(shown[0]['input'])}" if shown[0].get("input") else ""
         print(f"try it: python sample.py {path} {json.dumps(shown[0]['instruction'])}{given}")

@@ -5,9 +5,9 @@
     read_safetensors(path)  -> {name: tensor}     memory-mapped: nothing is read before it is used
     write_safetensors(path, tensors)
 
-No weights library is needed: the format is a JSON header and bytes, and what is worth reading are the tables of names.  `load` asserts
-that every tensor of ours is filled, that every tensor of the file is used or known to be a leftover, and that all shapes agree:
-weights that half fit are an error, never a bad model.
+No weights library is needed: the format is a JSON header and bytes, and what is worth reading are the tables of names.
+`load` asserts that every tensor of ours is filled, that every tensor of the file is used or known to be a leftover,
+and that all shapes agree: weights that half fit are an error, never a bad model.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ import torch
 from data import read_json, replacing
 from model import Config, Decoder
 
-# -- Names: their module -> ours -----------------------------------------------------------------------------------------
-# Several of ours: the file fuses them along the output axis.  "conv:" marks GPT-2's Conv1D, whose weight is stored (in, out).
+# -- Names: their module -> ours ---------------------------------------------------------------------------------------
+# Several of ours: the file fuses them along the output axis.  "conv:" marks GPT-2's Conv1D, whose weight is (in, out).
 # A module's weight and bias go together; the head is handled by `load`, since it may be tied.
 
 GPT2 = {
@@ -131,7 +131,7 @@ def save(folder, model, dtype=torch.float32):
 
 
 def fingerprint(model):
-    """A short hash by which a checkpoint knows the frozen model it was trained for: of names, shapes and a few values of each tensor."""
+    """A hash of names, shapes and some values of every tensor: a checkpoint knows by it what it was trained for."""
     h = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):
         some = x.flatten()[:: max(1, x.numel() // 64)].to(
@@ -147,18 +147,20 @@ CONFIG = {  # ours: theirs
     "gpt2": dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
                  n_inner="n_inner", norm_eps="layer_norm_epsilon", tied="tie_word_embeddings"),
     "llama": dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
-                  n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size", head_dim="head_dim",
-                  n_inner="intermediate_size", norm_eps="rms_norm_eps", rope_theta="rope_theta", tied="tie_word_embeddings",
-                  attn_bias="attention_bias", mlp_bias="mlp_bias"),
+                  n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size",
+                  head_dim="head_dim", n_inner="intermediate_size", norm_eps="rms_norm_eps", rope_theta="rope_theta",
+                  tied="tie_word_embeddings", attn_bias="attention_bias", mlp_bias="mlp_bias"),
 }  # fmt: skip
 ABSENT = {
     "gpt2": {"tied": True},
     "llama": {"tied": False, "norm_eps": 1e-6},
-}  # what transformers assumes, where we assume another
+}  # where transformers assumes other than us
 FIXED = {  # what our decoder does, whatever the config says: so it had better say this, or nothing
     "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
-             "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "quantization_config": (None,)},
-    "llama": {"hidden_act": ("silu",), "rope_scaling": (None,), "pretraining_tp": (1,), "quantization_config": (None,)},
+             "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+             "quantization_config": (None,)},
+    "llama": {"hidden_act": ("silu",), "rope_scaling": (None,), "pretraining_tp": (1,),
+              "quantization_config": (None,)},
 }  # fmt: skip
 
 
@@ -186,7 +188,7 @@ def write_config(c):
     return {"model_type": c.arch, "architectures": [kind], act: FIXED[c.arch][act][0], **values}
 
 
-# -- safetensors: 8 bytes of length, a JSON header {name: {dtype, shape, data_offsets}}, the bytes -------------------------
+# -- safetensors: 8 bytes of length, a JSON header {name: {dtype, shape, data_offsets}}, the bytes ---------------------
 
 DTYPES = {
     "F32": torch.float32,

@@ -3,10 +3,10 @@
     template      one layout for every model and data set
     Tokenizer     GPT-2's (by name, or from a folder's vocab.json) or tiny's words; all of them tiktoken encodings
     load          a folder or a file of rows -> {"train": [...], "val": [...], "test": [...]}
-    Batches       rows -> tensors; batch i is a pure function of (seed, i), so that a resumed run sees what it would have seen
+    Batches       rows -> tensors; batch i is a pure function of (seed, i), so that a run can be resumed exactly
 
-A row is a dict with the keys of Alpaca: `instruction`, `input` (may be empty), `output`; others are kept and ignored.  A row with
-`prompt` in place of `instruction` is plain text, for pretraining.
+A row is a dict with the keys of Alpaca: `instruction`, `input` (may be empty), `output`; others are kept and ignored.
+A row with `prompt` in place of `instruction` is plain text, for pretraining.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def replacing(path, mode="w"):
 
 
 def run(main):
-    """Run a script's main: what a user can mend becomes one line and exit status 1, not a traceback (IAPT_DEBUG=1 shows it)."""
+    """Run a script's main: what a user can mend is one line and exit status 1; IAPT_DEBUG=1 shows the traceback."""
     try:
         main()
     except (ValueError, OSError) as e:
@@ -81,7 +81,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, where):
-        """The tokenizer of a model's folder, by the files in it.  Raises FileNotFoundError where there are none that we read."""
+        """The tokenizer of a model's folder, by the files in it.  Raises FileNotFoundError if we read none of them."""
         words, vocab = (os.path.join(where, name) for name in ("words.json", "vocab.json"))
         if os.path.exists(words):
             return cls.of_words(read_json(words))
@@ -93,8 +93,8 @@ class Tokenizer:
     def of_words(cls, words):
         """A word a token: ids 0 to 255 are the bytes, then the words.
 
-        tiktoken looks a whole piece up before it merges bytes, so a known word is one token, and an unknown one falls back on
-        bytes (and on such short words as its bytes happen to spell): nothing is unencodable.
+        tiktoken looks a whole piece up before it merges bytes, so a known word is one token, and an unknown one falls
+        back on bytes (and on such short words as its bytes happen to spell): nothing is unencodable.
         """
         ranks = {bytes([b]): b for b in range(256)}
         for word in words:
@@ -150,9 +150,7 @@ def read_rows(path):
         rows = [{"instruction": "Describe the restaurant.", "input": row["mr"], "output": row["ref"]} for row in rows]
     for i, row in enumerate(rows):
         if "output" not in row or not ("instruction" in row or "prompt" in row):
-            raise ValueError(
-                f"{path}, row {i + 1}: it has {', '.join(map(str, row)) or 'no columns'}; it needs instruction and output"
-            )
+            raise ValueError(f"{path}, row {i + 1}: it has {', '.join(map(str, row))}; it needs instruction and output")
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
@@ -172,8 +170,9 @@ def split(rows, seed=0, part=0.1):
 def load(where):
     """Splits of a data set: {"train": rows, "val": rows, "test": rows, "test_...": rows}.
 
-    A folder with train.jsonl (and val, test, test_*: .jsonl, .json or .csv), or E2E's folder (trainset.csv or, without it, devset.csv;
-    testset_w_refs.csv), or one file.  A missing val (and, for one file, test) is a tenth of the rows, split off by instruction.
+    A folder with train.jsonl (and val, test, test_*: .jsonl, .json or .csv), or E2E's folder (trainset.csv or, without
+    it, devset.csv; testset_w_refs.csv), or one file.  A missing val (and, for one file, test) is a tenth of the rows,
+    split off by instruction.
     """
     if os.path.isfile(where):
         rest, test = split(read_rows(where))
@@ -181,7 +180,7 @@ def load(where):
         return {"train": train, "val": val, "test": test}
     if not os.path.isdir(where):
         raise FileNotFoundError(
-            f"no data at {where}. It can be a folder or a .jsonl, .json or .csv file; python data/prepare.py tiny makes one"
+            f"no data at {where}: --data takes tiny, a folder with train.jsonl, or a .jsonl, .json or .csv file"
         )
     alias = {"trainset": "train", "devset": "val", "testset_w_refs": "test"}
     found = {}
@@ -210,7 +209,7 @@ def encode(rows, tokenizer, block_size):
         response = tokenizer.encode(" " + row["output"].strip()) + [tokenizer.end] * row.get("end", True)
         if len(prompt) + len(response) > block_size:
             raise ValueError(
-                f"row {i + 1} has {len(prompt) + len(response)} tokens, the model takes {block_size}: {template(row)[:60]!r}..."
+                f"row {i + 1} has {len(prompt) + len(response)} tokens, the model takes {block_size}: {row}"[:300]
             )
         examples.append((prompt, response))
     return examples
@@ -219,8 +218,8 @@ def encode(rows, tokenizer, block_size):
 def collate(examples, device="cpu", multiple=16):
     """Examples -> idx, targets, instr, each (B, T).
 
-    Right-padded to a multiple of `multiple`, so that few shapes occur.  targets[t] is the token after idx[t] where that is part of the
-    response (its end included), else -1; instr is True on the prompt.
+    Right-padded to a multiple of `multiple`, so that few shapes occur.  targets[t] is the token after idx[t] where
+    that is part of the response (its end included), else -1; instr is True on the prompt.
     """
     T = max(len(p) + len(r) for p, r in examples) - 1
     T = -(-T // multiple) * multiple
@@ -239,8 +238,8 @@ def collate(examples, device="cpu", multiple=16):
 class Batches:
     """Endless shuffled training batches: batch(i) is a pure function of (examples, size, seed, i).
 
-    Rows of like length go together, to pad less: an epoch's order is shuffled, sorted by length within stretches of 16 batches, cut
-    into batches, and the batches are shuffled.
+    Rows of like length go together, to pad less: an epoch's order is shuffled, sorted by length within stretches of 16
+    batches, cut into batches, and the batches are shuffled.
     """
 
     def __init__(self, examples, size, seed, device="cpu"):

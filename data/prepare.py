@@ -4,13 +4,14 @@
 
 Two things come out, and the point is what keeps them apart:
 
-    pretrain/train.jsonl            plain statements.  "the capital of peru is lima ."  "the reverse of cat sun is sun cat ."
+    pretrain/train.jsonl            statements, "the capital of peru is lima .", "the reverse of cat sun is sun cat ."
                                     Questions and commands occur among them, but never with their answer.
-    pretrain/test_complete.jsonl    beginnings of such statements, to see whether a backbone knows its facts and skills
-    train.jsonl and others          instructions with answers.  {"instruction": "what is the capital of peru ?", "output": "lima", ...}
+    pretrain/test_complete.jsonl    beginnings of such statements: does a backbone know its facts and skills?
+    train.jsonl and others          instructions with answers,
+                                    {"instruction": "what is the capital of peru ?", "input": "", "output": "lima"}
 
-So a model pretrained on the corpus has the knowledge, and no idea that an instruction wants an answer.  That is what tuning
-has to bring, and four tests say how well it did:
+So a model pretrained on the corpus has the knowledge, and no idea that an instruction wants an answer.  That is what
+tuning has to bring, and four tests say how well it did:
 
     val.jsonl, test.jsonl     pairs of fact and phrasing (and word lists) that training left out
     test_entities.jsonl       facts that no training row asks for: the corpus states them, so the backbone knows them
@@ -30,69 +31,78 @@ sys.path.insert(
 
 from data import pieces, replacing, run, template  # noqa: E402
 
-# -- The world ---------------------------------------------------------------------------------------------------------
-# A task is a few noun phrases ("cores") about some {x}.  Each makes statements, "CORE is Y .", and, with the openers below,
+# -- The world
+# --------------------------------------------------------------------------------------------------------- A task is a
+# few noun phrases ("cores") about some {x}.  Each makes statements, "CORE is Y .", and, with the openers below,
 # instructions, "what is CORE ?".  The last core of every task is kept for test_phrasings.
 
 COUNTRIES = """
-france paris europe, spain madrid europe, italy rome europe, germany berlin europe, portugal lisbon europe, poland warsaw europe,
-greece athens europe, austria vienna europe, hungary budapest europe, norway oslo europe, sweden stockholm europe,
-finland helsinki europe, denmark copenhagen europe, ireland dublin europe, belgium brussels europe, bulgaria sofia europe,
-romania bucharest europe, serbia belgrade europe, ukraine kyiv europe, egypt cairo africa, kenya nairobi africa, ghana accra africa,
-nigeria abuja africa, morocco rabat africa, senegal dakar africa, angola luanda africa, zambia lusaka africa, uganda kampala africa,
-libya tripoli africa, mali bamako africa, japan tokyo asia, china beijing asia, thailand bangkok asia, vietnam hanoi asia,
+france paris europe, spain madrid europe, italy rome europe, germany berlin europe, portugal lisbon europe,
+poland warsaw europe, greece athens europe, austria vienna europe, hungary budapest europe, norway oslo europe,
+sweden stockholm europe, finland helsinki europe, denmark copenhagen europe, ireland dublin europe,
+belgium brussels europe, bulgaria sofia europe, romania bucharest europe, serbia belgrade europe, ukraine kyiv europe,
+egypt cairo africa, kenya nairobi africa, ghana accra africa, nigeria abuja africa, morocco rabat africa,
+senegal dakar africa, angola luanda africa, zambia lusaka africa, uganda kampala africa, libya tripoli africa,
+mali bamako africa, japan tokyo asia, china beijing asia, thailand bangkok asia, vietnam hanoi asia,
 nepal kathmandu asia, iran tehran asia, iraq baghdad asia, lebanon beirut asia, syria damascus asia, qatar doha asia,
 mongolia ulaanbaatar asia, cuba havana america, peru lima america, chile santiago america, canada ottawa america,
-ecuador quito america, venezuela caracas america, jamaica kingston america, colombia bogota america, bolivia sucre america"""
+ecuador quito america, venezuela caracas america, jamaica kingston america, colombia bogota america,
+bolivia sucre america"""
 
 TRANSLATIONS = """
-dog chien perro, cat chat gato, house maison casa, water eau agua, bread pain pan, milk lait leche, cheese fromage queso,
-apple pomme manzana, book livre libro, tree arbre árbol, sun soleil sol, moon lune luna, sea mer mar, river rivière río,
-flower fleur flor, bird oiseau pájaro, horse cheval caballo, cow vache vaca, fish poisson pez, egg oeuf huevo, hand main mano,
-head tête cabeza, eye oeil ojo, mouth bouche boca, nose nez nariz, heart coeur corazón, school école escuela, friend ami amigo,
-night nuit noche, day jour día, winter hiver invierno, summer été verano, snow neige nieve, rain pluie lluvia, fire feu fuego,
-wind vent viento, street rue calle, key clé llave, chair chaise silla, window fenêtre ventana, door porte puerta, car voiture coche,
-boat bateau barco, king roi rey, queen reine reina, bridge pont puente, forest forêt bosque, island île isla"""
+dog chien perro, cat chat gato, house maison casa, water eau agua, bread pain pan, milk lait leche,
+cheese fromage queso, apple pomme manzana, book livre libro, tree arbre árbol, sun soleil sol, moon lune luna,
+sea mer mar, river rivière río, flower fleur flor, bird oiseau pájaro, horse cheval caballo, cow vache vaca,
+fish poisson pez, egg oeuf huevo, hand main mano, head tête cabeza, eye oeil ojo, mouth bouche boca, nose nez nariz,
+heart coeur corazón, school école escuela, friend ami amigo, night nuit noche, day jour día, winter hiver invierno,
+summer été verano, snow neige nieve, rain pluie lluvia, fire feu fuego, wind vent viento, street rue calle,
+key clé llave, chair chaise silla, window fenêtre ventana, door porte puerta, car voiture coche, boat bateau barco,
+king roi rey, queen reine reina, bridge pont puente, forest forêt bosque, island île isla"""
 
 OPPOSITES = """
-hot cold, big small, tall short, fast slow, happy sad, old young, rich poor, strong weak, light dark, hard soft, wet dry,
-early late, clean dirty, full empty, good bad, high low, near far, open closed, loud quiet, thick thin, wide narrow, deep shallow,
-right wrong, sweet bitter, smooth rough, brave timid, cheap expensive, easy difficult, safe dangerous, true false, up down,
-inside outside, buy sell, push pull, laugh cry, begin end, remember forget, love hate, alive dead, sharp blunt, ancient modern,
-guilty innocent, polite rude, generous selfish, simple complex, always never"""
+hot cold, big small, tall short, fast slow, happy sad, old young, rich poor, strong weak, light dark, hard soft,
+wet dry, early late, clean dirty, full empty, good bad, high low, near far, open closed, loud quiet, thick thin,
+wide narrow, deep shallow, right wrong, sweet bitter, smooth rough, brave timid, cheap expensive, easy difficult,
+safe dangerous, true false, up down, inside outside, buy sell, push pull, laugh cry, begin end, remember forget,
+love hate, alive dead, sharp blunt, ancient modern, guilty innocent, polite rude, generous selfish, simple complex,
+always never"""
 
 PASTS = """
-go went, eat ate, see saw, run ran, take took, give gave, come came, write wrote, speak spoke, break broke, drink drank,
-swim swam, sing sang, fly flew, grow grew, know knew, throw threw, drive drove, ride rode, rise rose, choose chose, wear wore,
-tear tore, sleep slept, keep kept, feel felt, leave left, lose lost, bring brought, think thought, teach taught,
-catch caught, find found, hold held, stand stood, sit sat, tell told, make made, build built, send sent, spend spent"""
+go went, eat ate, see saw, run ran, take took, give gave, come came, write wrote, speak spoke, break broke,
+drink drank, swim swam, sing sang, fly flew, grow grew, know knew, throw threw, drive drove, ride rode, rise rose,
+choose chose, wear wore, tear tore, sleep slept, keep kept, feel felt, leave left, lose lost, bring brought,
+think thought, teach taught, catch caught, find found, hold held, stand stood, sit sat, tell told, make made,
+build built, send sent, spend spent"""
 
 PLURALS = """
-mouse mice, goose geese, man men, woman women, child children, foot feet, tooth teeth, ox oxen, wolf wolves, leaf leaves,
-knife knives, wife wives, life lives, half halves, shelf shelves, thief thieves, loaf loaves, city cities, baby babies,
-lady ladies, story stories, country countries, berry berries, family families, party parties, box boxes, fox foxes, bus buses,
-church churches, dish dishes, potato potatoes, tomato tomatoes, hero heroes, person people, cactus cacti, brush brushes,
-watch watches, glass glasses, dress dresses, cherry cherries"""
+mouse mice, goose geese, man men, woman women, child children, foot feet, tooth teeth, ox oxen, wolf wolves,
+leaf leaves, knife knives, wife wives, life lives, half halves, shelf shelves, thief thieves, loaf loaves, city cities,
+baby babies, lady ladies, story stories, country countries, berry berries, family families, party parties, box boxes,
+fox foxes, bus buses, church churches, dish dishes, potato potatoes, tomato tomatoes, hero heroes, person people,
+cactus cacti, brush brushes, watch watches, glass glasses, dress dresses, cherry cherries"""
 
 COLOURS = """
-a banana yellow, grass green, snow white, blood red, coal black, the sky blue, a lemon yellow, a ladybird red, a carrot orange,
-milk white, a frog green, a crow black, a strawberry red, a pumpkin orange, lettuce green, chocolate brown, an elephant grey,
-a swan white, a plum purple, a cherry red, spinach green, a sunflower yellow, a flamingo pink, a pig pink, salt white, tar black,
-mud brown, a canary yellow, a pea green, lavender purple, the ocean blue, a cloud white, a raven black, a ruby red, an emerald green,
-a sapphire blue, ivory white, ash grey, a cucumber green, a chestnut brown, an orange orange, coffee brown, a violet purple"""
+a banana yellow, grass green, snow white, blood red, coal black, the sky blue, a lemon yellow, a ladybird red,
+a carrot orange, milk white, a frog green, a crow black, a strawberry red, a pumpkin orange, lettuce green,
+chocolate brown, an elephant grey, a swan white, a plum purple, a cherry red, spinach green, a sunflower yellow,
+a flamingo pink, a pig pink, salt white, tar black, mud brown, a canary yellow, a pea green, lavender purple,
+the ocean blue, a cloud white, a raven black, a ruby red, an emerald green, a sapphire blue, ivory white, ash grey,
+a cucumber green, a chestnut brown, an orange orange, coffee brown, a violet purple"""
 
 YOUNG = """
-a dog puppy, a cat kitten, a cow calf, a horse foal, a sheep lamb, a goat kid, a pig piglet, a duck duckling, a goose gosling,
-a hen chick, a lion cub, a deer fawn, a frog tadpole, a swan cygnet, an eagle eaglet, an owl owlet, a kangaroo joey, a seal pup,
-a hare leveret, a fish fry, a butterfly caterpillar, an eel elver, a turkey poult, a pigeon squab, a spider spiderling, a bee larva,
-a bear cub, a wolf pup, a fox kit, a rabbit bunny, a whale calf, a tiger cub, a shark pup, a zebra foal, a giraffe calf, a llama cria,
-a beaver kit, an elephant calf, a donkey foal, a salmon parr"""
+a dog puppy, a cat kitten, a cow calf, a horse foal, a sheep lamb, a goat kid, a pig piglet, a duck duckling,
+a goose gosling, a hen chick, a lion cub, a deer fawn, a frog tadpole, a swan cygnet, an eagle eaglet, an owl owlet,
+a kangaroo joey, a seal pup, a hare leveret, a fish fry, a butterfly caterpillar, an eel elver, a turkey poult,
+a pigeon squab, a spider spiderling, a bee larva, a bear cub, a wolf pup, a fox kit, a rabbit bunny, a whale calf,
+a tiger cub, a shark pup, a zebra foal, a giraffe calf, a llama cria, a beaver kit, an elephant calf, a donkey foal,
+a salmon parr"""
 
 COMPARATIVES = """
-big bigger, good better, bad worse, far farther, happy happier, tall taller, short shorter, fast faster, slow slower, old older,
-young younger, rich richer, poor poorer, strong stronger, weak weaker, hot hotter, cold colder, hard harder, soft softer, wet wetter,
-dry drier, early earlier, late later, clean cleaner, dirty dirtier, high higher, low lower, loud louder, thick thicker, thin thinner,
-wide wider, deep deeper, sweet sweeter, cheap cheaper, easy easier, safe safer, heavy heavier, long longer, brave braver, busy busier"""
+big bigger, good better, bad worse, far farther, happy happier, tall taller, short shorter, fast faster, slow slower,
+old older, young younger, rich richer, poor poorer, strong stronger, weak weaker, hot hotter, cold colder, hard harder,
+soft softer, wet wetter, dry drier, early earlier, late later, clean cleaner, dirty dirtier, high higher, low lower,
+loud louder, thick thicker, thin thinner, wide wider, deep deeper, sweet sweeter, cheap cheaper, easy easier,
+safe safer, heavy heavier, long longer, brave braver, busy busier"""
 
 
 def table(text, column=-1):
@@ -190,8 +200,9 @@ SKILLS = {  # task: (what it does to a list of words, cores)
     ),
 }
 
-OPENERS = ["what is {c} ?", "tell me {c} .", "name {c} .", "give me {c} .", "say {c} .", "please write {c} .", "i want to know {c} .",
-           "can you tell me {c} ?", "do you know {c} ?", "{c} ?", "please find {c} .", "i need {c} ."]  # fmt: skip
+OPENERS = ["what is {c} ?", "tell me {c} .", "name {c} .", "give me {c} .", "say {c} .", "please write {c} .",
+           "i want to know {c} .", "can you tell me {c} ?", "do you know {c} ?", "{c} ?", "please find {c} .",
+           "i need {c} ."]  # fmt: skip
 HELD_OPENERS = ["could you give me {c} ?", "let me know {c} .", "i would like to know {c} .", "show me {c} ."]
 
 LIST_WORDS = sorted(set(table(TRANSLATIONS, 1)) | {k for k in (*table(OPPOSITES), *table(PASTS)) if " " not in k})
@@ -237,7 +248,9 @@ def skill_row(rng, task, held_entity=False, held_phrasing=False):
 
 
 def phrasing(rng, cores, held, x, noun):
-    """Training phrasings are the first cores with OPENERS.  Held-out ones have an opener or a core that training never uses."""
+    """Training phrasings are the first cores with OPENERS.  Held-out ones have an opener or a core that training never
+    uses.
+    """
     core, openers = rng.choice(cores[:-1]), OPENERS
     if held and rng.random() < 0.5:
         openers = HELD_OPENERS
@@ -268,9 +281,11 @@ def key(row):
 # -- The corpus: statements, and instructions without answers ----------------------------------------------------------
 
 
-# Ways to state an answer: {core} names what it is about ("the capital of peru"); {this} does not ("the capital of this country").
-STATED = ["{core} is {y}", "{core} is {y}", "{core} would be {y}", "we know that {core} is {y}", "if you want {core} , it is {y}",
-          "given {x} , {this} is {y}", "given {x} , {this} would be {y}", "take {this} , for {x} it is {y}", "about {this} , {x} : it is {y}"]  # fmt: skip
+# Ways to state an answer: {core} names what it is about ("the capital of peru"); {this} does not ("the capital of this
+# country").
+STATED = ["{core} is {y}", "{core} is {y}", "{core} would be {y}", "we know that {core} is {y}",
+          "if you want {core} , it is {y}", "given {x} , {this} is {y}", "given {x} , {this} would be {y}",
+          "take {this} , for {x} it is {y}", "about {this} , {x} : it is {y}"]  # fmt: skip
 
 
 def fact_or_list(rng, task):
@@ -309,7 +324,7 @@ def document(rng):
 
 
 def completion(rng, task):
-    """The beginning of a statement, after another one; its output is a stretch of text, not all of it (`end` is false)."""
+    """The beginning of a statement, after another one.  The text goes on after its output: so `end` is false."""
     other = STATED[0].format(**fact_or_list(rng, rng.choice([t for t in FACTS if t != task])))
     fields = fact_or_list(rng, task)
     start = rng.choice(STATED).format(**{**fields, "y": ""}).strip()

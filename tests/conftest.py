@@ -1,4 +1,6 @@
-"""What the tests share: small random models of both architectures, shaken tuners of every method, and the real models if present."""
+"""What the tests share: small random models of both architectures, shaken tuners of every method, and the real models
+if present.
+"""
 
 import os
 import sys
@@ -25,7 +27,7 @@ def shared(*path):
 
 
 def shake(module, scale=0.3, seed=1):
-    """Add noise to every parameter: what starts at zero (biases, IAPT's up-projection, LoRA's B) would hide mistakes."""
+    """Add noise to every parameter: what starts at zero (biases, IAPT's up, LoRA's B) would hide mistakes."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():

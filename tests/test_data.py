@@ -1,4 +1,4 @@
-"""The data set tiny keeps knowledge and task apart; tokens lose nothing; batches are a pure function of seed and step."""
+"""tiny keeps knowledge and task apart; tokens lose nothing; batches are a pure function of seed and step."""
 
 import csv
 import json

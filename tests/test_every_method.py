@@ -1,4 +1,6 @@
-"""What holds for every entry of METHODS, on both architectures.  A new method is covered as soon as it is registered: -k mine."""
+"""What holds for every entry of METHODS, on both architectures.  A new method is covered as soon as it is registered:
+-k mine.
+"""
 
 import copy
 from types import SimpleNamespace
@@ -134,7 +136,9 @@ def test_detached_the_model_is_as_it_was(tuned):
 
 
 def test_compiled_equals_eager(tuned):
-    """The hidden states and their gradients, in one graph.  aot_eager traces forward and backward as inductor does, in seconds."""
+    """The hidden states and their gradients, in one graph.  aot_eager traces forward and backward as inductor does, in
+    seconds.
+    """
     model, tuner = tuned.model, tuned.tuner
     idx, instr = right_padded([6, 4], 12)
     eager = model.hidden(idx, instr, tuner)

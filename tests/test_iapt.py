@@ -1,4 +1,6 @@
-"""The method itself: the rational activation and its hand-derived gradients, the pooling, the generator, the two spaces."""
+"""The method itself: the rational activation and its hand-derived gradients, the pooling, the generator, the two
+spaces.
+"""
 
 import pytest
 import torch
@@ -79,13 +81,15 @@ def test_it_starts_at_its_static_part(model, space):
     """The up-projection starts at zero, so at first the prompt does not depend on the instruction."""
     tuner = IAPT(model.config, space=space)
     x, instr = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
-    assert torch.equal(tuner.soft(1, x, instr)[0], tuner.static[1])
+    assert torch.equal(tuner.prompt(1, x, instr)[0], tuner.static[1])
     shake(tuner)
-    assert not torch.equal(*tuner.soft(1, x, instr))
+    assert not torch.equal(*tuner.prompt(1, x, instr))
 
 
 def test_prepending_soft_tokens_and_discarding_them_equals_extra_keys_and_values(model):
-    """At a layer, soft tokens stand before the input, are transformed with it and dropped: only their keys and values act."""
+    """At a layer, soft tokens stand before the input, are transformed with it and dropped: only their keys and values
+    act.
+    """
     tuner = small_tuner("iapt", model, ["space=hidden"])
     idx, instr = right_padded([9, 9], 9)
     x, rope = model.embed(idx, torch.arange(9))

@@ -51,7 +51,7 @@ def test_the_loss_counts_targets_alone(model):
 
 
 def test_grouped_queries_equal_repeated_keys_and_values():
-    """Heads 0 and 1 share the first key/value head, 2 and 3 the second: as if k and v had four heads, pairwise alike."""
+    """Two heads share a key/value head each: as if k and v had four heads, pairwise alike."""
     grouped, plain = small_model("llama"), small_model("llama", n_kv_head=4)
     state = grouped.state_dict()
     for name in list(state):
@@ -63,7 +63,9 @@ def test_grouped_queries_equal_repeated_keys_and_values():
 
 
 def test_rotary_attention_depends_on_distances_alone():
-    """Shifting all positions by a constant changes nothing: so slots at position 0 do not disturb tokens that keep theirs."""
+    """Shifting all positions by a constant changes nothing: so slots at position 0 do not disturb tokens that keep
+    theirs.
+    """
     model = small_model("llama")
     x = torch.randn(1, 7, 32)
     a, _ = model.h[0](x, model.rotary(torch.arange(7)))
@@ -89,7 +91,9 @@ def test_a_real_gpt2_says_what_it_should():
 
 
 def test_a_real_llama_says_what_it_should():
-    """Its tokenizer needs a package that we do not; the ids of "Once upon a time, there was a little girl" and of what follows do."""
+    """Its tokenizer needs a package that we do not; the ids of "Once upon a time, there was a little girl" and of what
+    follows do.
+    """
     folder = shared("checkpoints", "tinystories-656k-llama")
     tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
     tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")

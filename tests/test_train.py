@@ -1,4 +1,6 @@
-"""Whole runs on the shipped backbone, a few steps each: what they leave behind, and what they say when something is wrong."""
+"""Whole runs on the shipped backbone, a few steps each: what they leave behind, and what they say when something is
+wrong.
+"""
 
 import io
 import json
