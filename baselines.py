@@ -33,7 +33,7 @@ class Static(Tuner):
     parameters.
     """
 
-    lr = 1e-1  # what IAPT's static part learns with
+    lr = 5e-2  # what IAPT's static part learns with
 
     def __init__(self, config, P: int = 16, space: Space = "kv"):
         super().__init__()

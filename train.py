@@ -54,7 +54,7 @@ def parse(argv=None):
         help="options of the method (with --init scratch: of the model)",
     )
     add("--out", help="folder of the run (default: out/METHOD)")
-    add("--steps", type=int, default=1000, help="training steps (default: %(default)s)")
+    add("--steps", type=int, default=1500, help="training steps (default: %(default)s)")
     add("--lr", type=float, help="peak learning rate (default: the method's own)")
     add("--weight-decay", type=float, default=0.0, help="(default: %(default)s)")
     add("--batch-size", type=int, default=32, help="rows a step (default: %(default)s)")

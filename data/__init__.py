@@ -122,9 +122,8 @@ def gpt2_chars():
 
 def pieces(texts):
     """Every piece of the texts that is longer than a byte, sorted: the words of a word-level vocabulary."""
-    pattern = re.compile(
-        WORDS.replace(r"[^\s\p{L}\p{N}]", r"[^\w\s]").replace(r"\p{L}", r"[^\W\d_]").replace(r"\p{N}", r"\d")
-    )  # the standard library has no \p{}
+    # WORDS in the dialect of the standard library, which has no \p{}
+    pattern = re.compile(r" ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s")
     found = {piece for text in texts for piece in pattern.findall(text)}
     return sorted(piece for piece in found if len(piece.encode("utf-8")) > 1)
 

@@ -9,9 +9,11 @@ import pytest
 import tiktoken
 import torch
 from conftest import ROOT, shared
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from data import (
     GPT2,
+    WORDS,
     Batches,
     Tokenizer,
     collate,
@@ -27,7 +29,7 @@ from data import (
 )
 
 OPENERS = prepare.OPENERS + prepare.HELD_OPENERS
-WORDS = os.path.join(ROOT, "data", "tiny", "words.json")
+SHIPPED = os.path.join(ROOT, "data", "tiny", "words.json")
 
 
 @pytest.fixture(scope="session")
@@ -39,12 +41,12 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return Tokenizer.of_words(read_json(WORDS))
+    return Tokenizer.of_words(read_json(SHIPPED))
 
 
 def test_the_generator_still_makes_the_vocabulary_of_the_shipped_backbone(tiny):
     """Another vocabulary would need another backbone: python train.py --init scratch, as in the README."""
-    assert read_json(tiny / "words.json") == read_json(WORDS)
+    assert read_json(tiny / "words.json") == read_json(SHIPPED)
 
 
 def test_it_makes_the_same_bytes_every_time(tiny, tmp_path):
@@ -86,21 +88,22 @@ def test_the_corpus_states_every_fact_also_the_held_out_ones(tiny):
             assert any(f"{core.format(x=x)} is {y}" in text for core in cores), (x, y)
 
 
+def asks_about(row):
+    """The words that a row's instruction is about, with which core: found by trying them all."""
+    if row["task"] in prepare.SKILLS:  # where the list is part of the sentence, its words are found in the answer
+        copied = row["output"].split() if row["task"] != "count" else []
+        return set(row["input"].split() + copied), prepare.SKILLS[row["task"]][1]
+    pairs, _, cores = prepare.FACTS[row["task"]]
+    return {x for x in pairs for core in cores if row["input"] == x or core.format(x=x) in row["instruction"]}, cores
+
+
 def test_no_training_row_asks_for_a_held_out_entity_or_uses_a_held_out_phrasing(tiny):
-    held = {task: set(entities) for task, entities in prepare.HELD_ENTITIES.items()}
     for row in read_rows(str(tiny / "train.jsonl")):
-        asked = f" {row['instruction']} {row['input']} "
-        if row["task"] in held:
-            assert not any(f" {x} " in asked for x in held[row["task"]]), row
-            cores = prepare.FACTS[row["task"]][2]
-        else:
-            assert not set(asked.split()) & (
-                prepare.HELD_WORDS - set("word words of in the first second last".split())
-            ), row
-            cores = prepare.SKILLS[row["task"]][1]
+        about, cores = asks_about(row)
+        assert not about & prepare.HELD_ENTITIES.get(row["task"], prepare.HELD_WORDS), row
         before, after = cores[-1].split("{x}")
-        assert not (before.strip() and f" {before}" in asked and after.strip() in asked), row
-        assert not any(asked.strip().startswith(o.split("{c}")[0]) for o in prepare.HELD_OPENERS), row
+        assert not (before.strip() and f" {before}" in row["instruction"] and after.strip() in row["instruction"]), row
+        assert not any(row["instruction"].startswith(o.split("{c}")[0]) for o in prepare.HELD_OPENERS), row
 
 
 def test_test_rows_are_new_and_of_the_kind_they_are_named_for(tiny):
@@ -108,8 +111,8 @@ def test_test_rows_are_new_and_of_the_kind_they_are_named_for(tiny):
     for name in ("val", "test", "test_entities", "test_phrasings"):
         assert not train & {template(row) for row in read_rows(str(tiny / f"{name}.jsonl"))}
     for row in read_rows(str(tiny / "test_entities.jsonl")):
-        held = prepare.HELD_ENTITIES.get(row["task"], prepare.HELD_WORDS)
-        assert any(f" {x} " in f" {row['instruction']} {row['input']} " for x in held), row
+        if row["task"] in prepare.FACTS or row["input"]:
+            assert asks_about(row)[0] & prepare.HELD_ENTITIES.get(row["task"], prepare.HELD_WORDS), row
 
 
 def test_the_words_of_held_out_phrasings_occur_in_the_corpus(tiny):
@@ -134,18 +137,18 @@ def test_nothing_is_unencodable(tokenizer, text):
 
 
 def test_pieces_are_what_the_encoding_splits_a_text_into():
-    texts = [" été , ñandú 12 ok_ a-b\n Instruction: why?!"]
-    assert pieces(texts) == sorted([" été", " ,", " ñandú", " 12", " ok", " Instruction", "why", "?!", " a"])
+    regex = pytest.importorskip("regex", reason="tiktoken's own dependency, with which it splits")
+    text = " été , ñandú 12 ok__ a-b\n Instruction: why?! x_y  z"
+    assert set(pieces([text])) == {piece for piece in regex.findall(WORDS, text) if len(piece.encode()) > 1}
 
 
-def test_gpt2_s_tokens_from_a_vocab_json_are_tiktoken_s_own():
-    """The published files, read in our way and in tiktoken's; and encodings that OpenAI's encoder gives."""
+def test_gpt2_s_tokens_from_a_vocab_json_are_tiktoken_s_own(monkeypatch):
+    """The published files, read in our way and in tiktoken's."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # no copies of local files
     folder = shared("tokenizers", "gpt2")
     vocab = read_json(os.path.join(folder, "encoder.json"))
     ours = Tokenizer.of_gpt2(vocab)
-    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
-        os.path.join(folder, "vocab.bpe"), os.path.join(folder, "encoder.json")
-    )
+    ranks = data_gym_to_mergeable_bpe_ranks(os.path.join(folder, "vocab.bpe"), os.path.join(folder, "encoder.json"))
     assert ours.encoding._mergeable_ranks == ranks
     assert ours.encode("hello world") == [31373, 995] and ours.end == 50256
     text = "It's  3.14 o'clock;\n\n déjà vu…  They'll\tgo."

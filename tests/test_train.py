@@ -57,7 +57,7 @@ def tensors(out):
 
 def test_training_teaches_what_the_frozen_model_does_not_do(trained):
     log = [json.loads(line) for line in open(os.path.join(trained, "log.jsonl"))]
-    assert log[-1]["step"] == 60 and log[-1]["val"] < 4  # the frozen model alone: above 8
+    assert log[-1]["step"] == 60 and log[-1]["val"] < 5  # the frozen model alone: above 9
     assert os.path.getsize(os.path.join(trained, "best.pt")) < 1_000_000
 
 
@@ -198,7 +198,7 @@ def test_a_finished_run_is_not_overwritten_unasked(trained, rows):
 
 
 def test_resuming_with_other_settings_is_refused(trained, rows):
-    with pytest.raises(ValueError, match="lr was 0.02"):
+    with pytest.raises(ValueError, match="lr was 0.01"):
         train.main(
             [
                 *SMALL,
