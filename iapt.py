@@ -47,7 +47,10 @@ class Tuner(nn.Module):
         """Leave the model as attach found it."""
 
     def embed(self, x, instr):
-        """Once a sequence: embeddings x (B, T, C) -> x with soft tokens (B, T', C), and where tokens went (B, T)."""
+        """Once a sequence: embeddings x (B, T, C) -> x with soft tokens (B, T', C), and where tokens went (B, T).
+
+        Soft tokens stand among a row's tokens or right after them, before its padding, T' - T in every row.
+        """
         return x, None
 
     def prompt(self, l, x, instr):

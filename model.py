@@ -181,8 +181,7 @@ class Block(nn.Module):
 def slot_mask(T, P, keep, device):
     """(.., T, P+T): every token sees the slots that `keep` (B, P) keeps (None: all) and, causally, the tokens.
 
-    Not `is_causal=True`: with P slots in front the score matrix is not square, and its diagonal is not the tokens'
-    diagonal.
+    Not `is_causal=True`: with P slots in front the score matrix is not square, and its diagonal not the tokens'.
     """
     causal = torch.ones(T, P + T, dtype=torch.bool, device=device).tril(P)
     if keep is None:
@@ -203,11 +202,9 @@ class Cache:
     """
 
     def __init__(self, layers, length, pos, room):
-        P = max(
-            keep.shape[1] for _, _, keep in layers
-        )  # layers may own fewer slots, or none: padded in front, and masked
+        P = max(keep.shape[1] for _, _, keep in layers)
 
-        def fill(x, keep):
+        def fill(x, keep):  # layers may have fewer slots than P, or none: padded in front, and masked
             return F.pad(x, (0, 0, P - keep.shape[1], room))
 
         self.k = torch.stack([fill(k, keep) for k, _, keep in layers])
@@ -279,9 +276,8 @@ class Decoder(nn.Module):
                 P = 0 if slots is None else slots[0].shape[2]
                 all_slots = torch.ones(B, P, dtype=torch.bool, device=x.device)
                 layers.append((k, v, all_slots if slots is None or slots[2] is None else slots[2]))
-        if (
-            at is not None
-        ):  # what comes after token t is read off the place before token t+1, which may be a soft token's
+        if at is not None:
+            # What follows token t is read off the place before token t+1, where a soft token may stand.
             before_next = F.pad(at[:, 1:], (0, 1), value=x.shape[1]) - 1
             x = x.gather(1, before_next[..., None].expand(-1, -1, x.shape[2]))
         return self.ln_f(x)

@@ -36,9 +36,13 @@ def shake(module, scale=0.3, seed=1):
 
 
 def small_model(arch, **config):
-    """Two layers with every tensor random, LLaMA's with grouped queries."""
+    """Two layers with every tensor random, LLaMA's with grouped queries.
+
+    The head is not tied, and large: so greedy continuations vary, and do not just repeat a token.
+    """
     torch.manual_seed(0)
     sizes = {
+        "tied": False,
         "vocab_size": 50,
         "block_size": 64,
         "n_layer": 2,
@@ -46,7 +50,7 @@ def small_model(arch, **config):
         "n_embd": 32,
         "n_kv_head": 2 if arch == "llama" else 4,
     }
-    return shake(Decoder(Config(**{**sizes, "arch": arch, **config})), 0.1).requires_grad_(False)
+    return shake(Decoder(Config(**{**sizes, "arch": arch, **config})), 0.3).requires_grad_(False)
 
 
 def small_tuner(method, model, given=()):

@@ -6,6 +6,7 @@ from conftest import shared, small_model
 
 import weights
 from data import Tokenizer
+from iapt import Tuner
 from model import Config, generate, pick
 
 
@@ -73,6 +74,58 @@ def test_rotary_attention_depends_on_distances_alone():
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     c, _ = model.h[0](x, model.rotary(torch.arange(7) * 2))
     assert not torch.allclose(a, c, atol=1e-3)
+
+
+class Around(Tuner):
+    """Two soft tokens before the instruction and one after it, as prompt tuning and dynamic prompting place them."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.soft = torch.randn(3, C)
+
+    def embed(self, x, instr):
+        (B, T, C), n = x.shape, instr.sum(1, keepdim=True)
+        token = torch.arange(T).expand(B, T)
+        at = token + 2 + (token >= n)
+        out = self.soft[2].expand(B, T + 3, C).clone()
+        out[:, :2] = self.soft[:2]
+        return out.scatter(1, at[..., None].expand(B, T, C), x), at
+
+
+def test_soft_tokens_among_the_embeddings_are_as_if_they_were_tokens(model):
+    """By hand, for one row: tokens keep their positions, and logits are read off the place before the next token."""
+    tuner, idx = Around(32), torch.tensor([[5, 6, 7, 8, 9]])
+    instr = torch.arange(5)[None] < 3
+    x, _ = model.embed(idx, torch.arange(5))
+    x = torch.cat((tuner.soft[None, :2], x[:, :3], tuner.soft[None, 2:], x[:, 3:]), 1)
+    rope = model.rotary(torch.tensor([0, 0, 0, 1, 2, 3, 3, 4])) if model.rotary else None
+    for block in model.h:
+        x, _ = block(x, rope)
+    wanted = model.head(model.ln_f(x))[0, [2, 3, 5, 6, 7]]  # what follows token 2 is read off the soft token after it
+    torch.testing.assert_close(model(idx, instr, tuner)[0], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_soft_tokens_among_the_embeddings_decode_from_the_cache_like_the_rest(model):
+    tuner, prompts = Around(32), [[3, 1, 4, 1, 5], [9]]
+    for prompt, new in zip(prompts, generate(model, prompts, tuner, max_new=5)):
+        ids = list(prompt)
+        for _ in range(5):
+            instr = torch.arange(len(ids))[None] < len(prompt)
+            ids.append(model(torch.tensor([ids]), instr, tuner)[0, -1].argmax().item())
+        assert new == ids[len(prompt) :]
+
+
+def test_layers_with_different_numbers_of_slots_decode_from_the_cache(model):
+    class Uneven(Tuner):
+        def prompt(self, l, x, instr):
+            return None if l == 0 else torch.ones(len(x), 3, 32) * torch.arange(1, 4)[:, None]
+
+    idx = torch.tensor([[3, 1, 4, 1, 5]])
+    _, cache = model.prefill(idx[:, :3], torch.tensor([3]), Uneven(), room=2)
+    for t in (3, 4):
+        logits = model.step(idx[:, t], cache)
+    torch.testing.assert_close(logits, model(idx, None, Uneven())[:, -1], atol=1e-5, rtol=1e-5)
+    assert (logits - model(idx)[:, -1]).abs().max() > 0.01
 
 
 def test_an_impossible_config_is_refused():

@@ -10,10 +10,10 @@ from conftest import ARCHS, small_model
 import weights
 
 VARIANTS = [
+    ("gpt2", {"tied": True}),
     ("gpt2", {}),
-    ("gpt2", {"tied": False}),
-    ("llama", {}),
-    ("llama", {"tied": False, "attn_bias": True, "mlp_bias": True, "head_dim": 16}),
+    ("llama", {"tied": True}),
+    ("llama", {"attn_bias": True, "mlp_bias": True, "head_dim": 16}),
 ]
 
 
@@ -42,7 +42,7 @@ def test_gpt2_s_own_files_leave_the_prefix_out_and_hold_old_buffers(tmp_path):
 
 
 def test_a_tied_table_may_be_stored_as_the_head(tmp_path):
-    model = small_model("llama")
+    model = small_model("llama", tied=True)
     weights.save(tmp_path, model)
     path = tmp_path / "model.safetensors"
     tensors = {name: x.clone() for name, x in weights.read_safetensors(path).items()}
