@@ -54,6 +54,7 @@ class Config:
     arch: str = "gpt2"
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
     tied: bool = True
     attn_bias: bool = False
     mlp_bias: bool = False
@@ -64,10 +65,19 @@ class Config:
         if self.arch == "gpt2":
             self.attn_bias = self.mlp_bias = True
         self.n_kv_head = self.n_kv_head or self.n_head
-        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.head_dim = self.head_dim or self.n_embd // max(1, self.n_head)
         self.n_inner = self.n_inner or (4 * self.n_embd if self.arch == "gpt2" else -(-self.n_embd * 8 // 96) * 32)
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "n_inner"):
+            if not (type(getattr(self, name)) is int and 0 < getattr(self, name) < 2**31):
+                raise ValueError(f"{name} must be a positive whole number, got {getattr(self, name)!r}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
+        if self.arch == "llama" and self.head_dim % 2:
+            raise ValueError(f"rotary positions turn pairs: head_dim must be even, got {self.head_dim}")
+        if self.arch == "gpt2" and self.head_dim * self.n_head != self.n_embd:
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        if not (0 < self.norm_eps < 1 and self.rope_theta > 0):
+            raise ValueError(f"norm_eps={self.norm_eps!r} or rope_theta={self.rope_theta!r} is out of range")
 
 
 class Rotary(nn.Module):
@@ -78,13 +88,26 @@ class Rotary(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.theta, self.head_dim = c.rope_theta, c.head_dim
+        self.theta, self.head_dim, self.scaling = c.rope_theta, c.head_dim, c.rope_scaling
 
     def forward(self, pos):  # in fp32 whatever the weights' dtype: bf16 has 8 bits, too few to tell positions apart
         freq = self.theta ** -(torch.arange(0, self.head_dim, 2, device=pos.device).float() / self.head_dim)
-        angle = pos[..., None].float() * freq
+        angle = pos[..., None].float() * (stretch(freq, **self.scaling) if self.scaling else freq)
         angle = torch.cat((angle, angle), -1)[..., None, :, :]
         return angle.cos(), angle.sin()
+
+
+def stretch(freq, rope_type, factor, low_freq_factor=0, high_freq_factor=0, original_max_position_embeddings=0):
+    """Frequencies for a context `factor` times longer.  'linear': all slower; 'llama3': the slow ones alone.
+
+    Llama 3.1 leaves frequencies that turn more than high_freq_factor times in the original context as they are, divides
+    those that turn less than low_freq_factor times, and goes over from one to the other in between.
+    """
+    if rope_type == "linear":
+        return freq / factor
+    turns = original_max_position_embeddings * freq / (2 * torch.pi)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return kept * freq + (1 - kept) * freq / factor
 
 
 def rotate(x, rope):

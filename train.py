@@ -121,7 +121,7 @@ def open_model(init, given=(), device="cpu", dtype=torch.float32):
             raise FileNotFoundError(
                 f"no model at {folder}: --init takes tiny, scratch or a Hugging Face folder of a GPT-2 or LLaMA model"
             )
-        model, tokenizer = weights.load(folder), Tokenizer.load(folder)
+        model, tokenizer = weights.load(folder, dtype, device), Tokenizer.load(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{init}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"

@@ -1,21 +1,23 @@
 """Hugging Face folders of GPT-2 and LLaMA models, read and written.
 
-    load(folder)            -> Decoder            from config.json and model.safetensors
-    save(folder, model)                           the same two files
-    read_safetensors(path)  -> {name: tensor}     memory-mapped: nothing is read before it is used
-    write_safetensors(path, tensors)
+    load(folder)                   -> Decoder      config.json and model.safetensors, its shards, or pytorch_model.bin
+    save(folder, model)                            config.json and model.safetensors
+    stored(folder)                 -> {name: Stored}      what a folder's files hold: shapes now, values when asked for
+    read_safetensors(path), write_safetensors(path, tensors)
 
 No weights library is needed: the format is a JSON header and bytes, and what is worth reading are the tables of names.
-`load` asserts that every tensor of ours is filled, that every tensor of the file is used or known to be a leftover,
-and that all shapes agree: weights that half fit are an error, never a bad model.
+`load` asserts that every tensor of ours is filled, that every tensor of the files is used or known to be a leftover,
+and that all shapes agree: weights that half fit are an error, never a bad model.  It reads and converts one tensor at a
+time, so loading takes little more memory than the model.
 """
 
 import hashlib
 import json
 import math
-import mmap
 import os
 import struct
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -46,11 +48,7 @@ LLAMA = {
     "norm": "ln_f",
 }
 TABLES = {"gpt2": ("transformer.", GPT2), "llama": ("model.", LLAMA)}  # the prefix, of everything but the head
-LEFTOVERS = (
-    ".attn.bias",
-    ".attn.masked_bias",
-    ".rotary_emb.inv_freq",
-)  # buffers that old versions of transformers saved
+LEFTOVERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers of old versions of transformers
 
 
 def rows(config):
@@ -62,50 +60,46 @@ def rows(config):
             yield prefix + theirs.format(l=l), ours.removeprefix("conv: ").format(l=l).split(), conv
 
 
-def load(folder):
+def load(folder, dtype=torch.float32, device="cpu"):
     """The model of a Hugging Face folder.  Raises FileNotFoundError or ValueError, saying what does not fit."""
     config = read_config(os.path.join(folder, "config.json"))
-    path = os.path.join(folder, "model.safetensors")
-    theirs = {name: x for name, x in read_safetensors(path).items() if not name.endswith(LEFTOVERS)}
+    theirs = {name: x for name, x in stored(folder).items() if not name.endswith(LEFTOVERS)}
     prefix, _ = TABLES[config.arch]
     if not any(name.startswith(prefix) for name in theirs):  # GPT-2's own files
         theirs = {name if name == "lm_head.weight" else prefix + name: x for name, x in theirs.items()}
-    with torch.device("meta"):  # shapes only: nothing is allocated or initialised that the file will replace
+    if config.n_layer > len(theirs):
+        raise ValueError(f"{folder}: the config says {config.n_layer} layers, the files hold {len(theirs)} tensors")
+    with torch.device("meta"):  # shapes only: nothing is allocated or initialised that the files will replace
         model = Decoder(config)
-    ours = model.state_dict()
+    ours = {name: x.shape for name, x in model.state_dict().items()}
 
-    def take(name, shape):
+    def take(name, shape, turned=False):
         if name not in theirs:
-            raise ValueError(f"{path} lacks {name}")
+            raise ValueError(f"{folder} lacks {name}")
         x = theirs.pop(name)
-        if x.shape != shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(x.shape)}, the config wants {tuple(shape)}")
-        return x.to(torch.float32)
+        if x.shape != (shape[::-1] if turned else shape):
+            raise ValueError(f"{folder}: {name} has shape {tuple(x.shape)}, the config wants {tuple(shape)}")
+        x = x.read().to(device, dtype)
+        return x.T if turned else x
 
-    head, embedding = theirs.pop("lm_head.weight", None), next(rows(config))[0] + ".weight"
-    if config.tied and head is not None:  # a tied table may be stored under either name, or both
-        theirs.setdefault(embedding, head)
-    filled = {}
+    embedding = next(rows(config))[0] + ".weight"
+    if config.tied and "lm_head.weight" in theirs:  # a tied table may be stored under either name, or both
+        theirs.setdefault(embedding, theirs.pop("lm_head.weight"))
+        theirs.pop("lm_head.weight", None)
+    filled = {} if config.tied else {"head.weight": take("lm_head.weight", ours["head.weight"])}
     for name, modules, conv in rows(config):
         for part in ("weight", "bias"):
-            wanted = [ours[f"{m}.{part}"] for m in modules if f"{m}.{part}" in ours]
-            if wanted:
-                shape = torch.Size([sum(w.shape[0] for w in wanted), *wanted[0].shape[1:]])
-                turned = conv and part == "weight"
-                x = take(f"{name}.{part}", shape[::-1] if turned else shape)
-                chunks = (x.T if turned else x).split([w.shape[0] for w in wanted])
-                filled.update((f"{m}.{part}", chunk.contiguous()) for m, chunk in zip(modules, chunks))
+            shapes = [ours[f"{m}.{part}"] for m in modules if f"{m}.{part}" in ours]
+            if shapes:
+                sizes = [shape[0] for shape in shapes]
+                x = take(f"{name}.{part}", torch.Size([sum(sizes), *shapes[0][1:]]), conv and part == "weight")
+                for m, chunk in zip(modules, x.split(sizes)):
+                    filled[f"{m}.{part}"] = chunk.clone(memory_format=torch.contiguous_format) if conv else chunk
+    if theirs:
+        some = sorted(theirs)[0]
+        raise ValueError(f"{folder} has {len(theirs)} tensors that this model has no place for, such as {some}")
     if config.tied:
         filled["head.weight"] = filled["wte.weight"]
-    else:
-        theirs["lm_head.weight"] = head
-        if head is None:
-            raise ValueError(f"{path} lacks lm_head.weight, and the config does not tie the head to the embeddings")
-        filled["head.weight"] = take("lm_head.weight", ours["head.weight"].shape)
-    if theirs:
-        raise ValueError(
-            f"{path} has {len(theirs)} tensors that this model has no place for, such as {sorted(theirs)[0]}"
-        )
     model.load_state_dict(filled, assign=True)
     if config.tied:
         model.head.weight = model.wte.weight
@@ -148,7 +142,7 @@ CONFIG = {  # ours: theirs
                  n_inner="n_inner", norm_eps="layer_norm_epsilon", tied="tie_word_embeddings"),
     "llama": dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
                   n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size",
-                  head_dim="head_dim", n_inner="intermediate_size", norm_eps="rms_norm_eps", rope_theta="rope_theta",
+                  head_dim="head_dim", n_inner="intermediate_size", norm_eps="rms_norm_eps",
                   tied="tie_word_embeddings", attn_bias="attention_bias", mlp_bias="mlp_bias"),
 }  # fmt: skip
 ABSENT = {
@@ -159,9 +153,11 @@ FIXED = {  # what our decoder does, whatever the config says: so it had better s
     "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
              "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
              "quantization_config": (None,)},
-    "llama": {"hidden_act": ("silu",), "rope_scaling": (None,), "pretraining_tp": (1,),
-              "quantization_config": (None,)},
+    "llama": {"hidden_act": ("silu", "swish"), "pretraining_tp": (1,), "partial_rotary_factor": (1, None),
+              "sliding_window": (None,), "quantization_config": (None,)},
 }  # fmt: skip
+ROPE = {"default": [], "linear": ["factor"],  # the kinds of rotary scaling that we have, and their parameters
+        "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}  # fmt: skip
 
 
 def read_config(path):
@@ -169,14 +165,33 @@ def read_config(path):
     if not os.path.exists(path):
         raise FileNotFoundError(f"no {path}: --init takes a folder with config.json, model.safetensors and a tokenizer")
     theirs = read_json(path)
-    arch = theirs.get("model_type")
-    if arch not in CONFIG:
+    arch = theirs.get("model_type") if isinstance(theirs, dict) else None
+    if not isinstance(arch, str) or arch not in CONFIG:
         raise ValueError(f"{path}: model_type is {arch!r}; we have gpt2 and llama")
     for name, allowed in FIXED[arch].items():
         if theirs.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{path}: {name} is {theirs[name]!r}; our decoder has {allowed[0]!r}")
     values = {ours: theirs[name] for ours, name in CONFIG[arch].items() if theirs.get(name) is not None}
-    return Config(arch=arch, **{**ABSENT[arch], **values})
+    try:
+        rope = read_rope(theirs) if arch == "llama" else {}
+        return Config(arch=arch, **{**ABSENT[arch], **values, **rope})
+    except (TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+def read_rope(theirs):
+    """Rotary theta and scaling, in the old spelling (rope_theta, rope_scaling) or the new one (rope_parameters)."""
+    given = {"rope_theta": theirs.get("rope_theta") or 10000.0}
+    given.update(theirs.get("rope_scaling") or {})
+    given.update(theirs.get("rope_parameters") or {})
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ROPE:
+        raise ValueError(f"rotary scaling {kind!r}; we have {', '.join(ROPE)}")
+    lacking = [name for name in ROPE[kind] if name not in given]
+    if lacking:
+        raise ValueError(f"rotary scaling {kind!r} without {', '.join(lacking)}")
+    scaling = {"rope_type": kind, **{name: given[name] for name in ROPE[kind]}} if ROPE[kind] else None
+    return {"rope_theta": given["rope_theta"], "rope_scaling": scaling}
 
 
 def write_config(c):
@@ -185,54 +200,105 @@ def write_config(c):
         c.arch
     ]
     values = {name: getattr(c, ours) for ours, name in CONFIG[c.arch].items()}
-    return {"model_type": c.arch, "architectures": [kind], act: FIXED[c.arch][act][0], **values}
+    rope = {} if c.arch == "gpt2" else {"rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling}
+    return {"model_type": c.arch, "architectures": [kind], act: FIXED[c.arch][act][0], **values, **rope}
 
 
-# -- safetensors: 8 bytes of length, a JSON header {name: {dtype, shape, data_offsets}}, the bytes ---------------------
+# -- Files of tensors --------------------------------------------------------------------------------------------------
 
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+
+class Stored(NamedTuple):
+    """A tensor in a file: its shape, and a function that reads it."""
+
+    shape: torch.Size
+    read: Callable[[], torch.Tensor]
+
+
+def stored(folder):
+    """{name: Stored} of a folder: model.safetensors, or the shards of its index, or pytorch_model.bin likewise."""
+    for name, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
+        path, index = os.path.join(folder, name), os.path.join(folder, f"{name}.index.json")
+        if os.path.exists(path):
+            return reader(path)
+        if os.path.exists(index):
+            return read_shards(folder, index, reader)
+    raise FileNotFoundError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin, nor their index")
+
+
+def read_shards(folder, index, reader):
+    where = read_json(index)
+    where = where.get("weight_map") if isinstance(where, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(f, str) and f == os.path.basename(f) for f in where.values()):
+        raise ValueError(f"{index} has no weight_map of tensor names and files beside it")
+    shards = {file: reader(os.path.join(folder, file)) for file in sorted(set(where.values()))}
+    for name, file in where.items():
+        if name not in shards[file]:
+            raise ValueError(f"{index}: {file} lacks {name}")
+    return {name: shards[file][name] for name, file in where.items()}
+
+
+def read_bin(path):
+    """{name: Stored} of a pytorch_model.bin.  Only tensors are unpickled: code in it does not run."""
+    try:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files older than PyTorch 1.6 cannot be mapped
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: Stored(x.shape, lambda x=x: x) for name, x in tensors.items()}
+    except FileNotFoundError:
+        raise
+    except Exception as e:  # it raises half a dozen kinds
+        raise ValueError(f"{path} is not a file of tensors alone, or was cut off ({type(e).__name__})") from None
+
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+LONGEST = 1 << 24  # bytes of a header; those of the largest models have some 100 kB
 
 
 def read_safetensors(path):
-    """{name: tensor} over a memory-mapped file.  Raises ValueError for a file that is not what it says it is."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no {path}")
+    """{name: Stored} of a safetensors file: 8 bytes of length n, n of JSON {name: {dtype, shape, data_offsets}}, data.
+
+    Raises ValueError for a file that is not what it says it is.  Nothing is allocated before it is known to be there.
+    """
     size = os.path.getsize(path)
     with open(path, "rb") as f:
-        n = struct.unpack("<Q", f.read(8))[0] if size >= 8 else size
-        if not 2 <= n <= min(size - 8, 100_000_000):
+        n = struct.unpack("<Q", f.read(8))[0] if size >= 8 else 0
+        if not 2 <= n <= min(size - 8, LONGEST):
             raise ValueError(f"{path} is not a safetensors file, or was cut off ({size:,} bytes)")
         try:
-            header = json.loads(f.read(n).decode("utf-8"))
-            tensors = {
-                k: (DTYPES[t["dtype"]], t["shape"], *t["data_offsets"])
-                for k, t in header.items()
-                if k != "__metadata__"
-            }
+            header = json.loads(f.read(n).decode("utf-8"), object_pairs_hook=unique)
+            header.pop("__metadata__", None)
+            tensors = [(DTYPES[t["dtype"]], t["shape"], *t["data_offsets"], name) for name, t in header.items()]
+            tensors = sorted(tensors, key=lambda t: t[2:4])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(f"{path} has a broken header ({type(e).__name__}: {str(e)[:80]})") from None
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)  # pages are read when used, and never written back
     out, end = {}, 0
-    for name, (dtype, shape, start, stop) in sorted(tensors.items(), key=lambda item: item[1][2:]):
-        ok = all(type(i) is int and i >= 0 for i in [*shape, start, stop])
-        if not ok or start != end or stop - start != math.prod(shape) * dtype.itemsize or 8 + n + stop > size:
-            raise ValueError(
-                f"{path}: {name} {dtype} {shape} at bytes {start} to {stop} of {size - 8 - n:,} does not fit (cut off?)"
-            )
-        flat = (
-            torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=8 + n + start)
-            if stop > start
-            else torch.empty(0, dtype=dtype)
-        )
-        out[name], end = flat.view(shape), stop
+    for dtype, shape, start, stop, name in tensors:
+        whole = isinstance(shape, list) and all(type(i) is int and i >= 0 for i in (*shape, start, stop))
+        if not whole or start != end or stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path}: {name[:80]} {dtype} {str(shape)[:80]} does not fit bytes {start} to {stop}")
+        end = stop
+        out[name] = Stored(torch.Size(shape), lambda t=(path, dtype, shape, 8 + n + start): read_tensor(*t))
+    if 8 + n + end != size:
+        raise ValueError(f"{path} has {size:,} bytes, its safetensors header wants {8 + n + end:,} (cut off?)")
     return out
+
+
+def unique(pairs):
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return out
+
+
+def read_tensor(path, dtype, shape, start):
+    x = torch.empty(shape, dtype=dtype)
+    with open(path, "rb") as f:
+        f.seek(start)
+        if f.readinto(x.view(-1).view(torch.uint8).numpy()) != x.numel() * dtype.itemsize:
+            raise ValueError(f"{path} was cut off while we read it")
+    return x
 
 
 def write_safetensors(path, tensors):

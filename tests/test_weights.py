@@ -33,7 +33,7 @@ def test_gpt2_s_own_files_leave_the_prefix_out_and_hold_old_buffers(tmp_path):
     model = small_model("gpt2")
     weights.save(tmp_path, model)
     path = tmp_path / "model.safetensors"
-    tensors = {name.removeprefix("transformer."): x.clone() for name, x in weights.read_safetensors(path).items()}
+    tensors = {name.removeprefix("transformer."): x.read() for name, x in weights.read_safetensors(path).items()}
     weights.write_safetensors(
         path, {**tensors, "h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.1.attn.masked_bias": torch.zeros(1)}
     )
@@ -45,7 +45,7 @@ def test_a_tied_table_may_be_stored_as_the_head(tmp_path):
     model = small_model("llama", tied=True)
     weights.save(tmp_path, model)
     path = tmp_path / "model.safetensors"
-    tensors = {name: x.clone() for name, x in weights.read_safetensors(path).items()}
+    tensors = {name: x.read() for name, x in weights.read_safetensors(path).items()}
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     weights.write_safetensors(path, tensors)
     idx = torch.randint(0, 50, (2, 12))
@@ -68,9 +68,7 @@ def broken(tensors, how):
 def test_weights_that_half_fit_are_an_error(arch, how, tmp_path):
     weights.save(tmp_path, small_model(arch))
     path = tmp_path / "model.safetensors"
-    weights.write_safetensors(
-        path, broken({name: x.clone() for name, x in weights.read_safetensors(path).items()}, how)
-    )
+    weights.write_safetensors(path, broken({name: x.read() for name, x in weights.read_safetensors(path).items()}, how))
     with pytest.raises(ValueError, match=how):
         weights.load(tmp_path)
 
