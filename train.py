@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import hub
 import weights
 from baselines import METHODS, build, load_tuner, options, save_tuner
 from data import Batches, Tokenizer, collate, encode, load, prepare, replacing, run, template
@@ -37,7 +38,7 @@ def parse(argv=None):
     add(
         "--init",
         default="tiny",
-        help="the frozen model: tiny, scratch, or a Hugging Face folder (default: %(default)s)",
+        help="the frozen model: tiny, scratch, a folder, gpt2, ..., or OWNER/NAME of the hub (default: %(default)s)",
     )
     add(
         "--data",
@@ -116,11 +117,7 @@ def open_model(init, given=(), device="cpu", dtype=torch.float32):
         defaults = {"arch": "llama", "block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 128}
         model = Decoder(Config(tokenizer.vocab_size, **{**defaults, **options(Config, "the model", given)}))
     else:
-        folder = TINY if init == "tiny" else init
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(
-                f"no model at {folder}: --init takes tiny, scratch or a Hugging Face folder of a GPT-2 or LLaMA model"
-            )
+        folder = TINY if init == "tiny" else hub.find(init)
         model, tokenizer = weights.load(folder, dtype, device), Tokenizer.load(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(

@@ -1,7 +1,7 @@
 """From files of instructions to batches of tokens.
 
     template      one layout for every model and data set
-    Tokenizer     GPT-2's (by name, or from a folder's vocab.json) or tiny's words; all of them tiktoken encodings
+    Tokenizer     of a model's folder: tiny's words, GPT-2's vocab.json, Llama 3's tokenizer.model, any tokenizer.json
     load          a folder or a file of rows -> {"train": [...], "val": [...], "test": [...]}
     Batches       rows -> tensors; batch i is a pure function of (seed, i), so that a run can be resumed exactly
 
@@ -9,6 +9,7 @@ A row is a dict with the keys of Alpaca: `instruction`, `input` (may be empty), 
 A row with `prompt` in place of `instruction` is plain text, for pretraining.
 """
 
+import base64
 import contextlib
 import csv
 import json
@@ -50,7 +51,7 @@ def run(main):
     """Run a script's main: what a user can mend is one line and exit status 1; IAPT_DEBUG=1 shows the traceback."""
     try:
         main()
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ModuleNotFoundError) as e:
         if os.environ.get("IAPT_DEBUG"):
             raise
         sys.exit(f"error: {e}")
@@ -58,12 +59,20 @@ def run(main):
 
 # -- Tokens ------------------------------------------------------------------------------------------------------------
 
-WORDS = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"  # tiny's pieces; whatever it meets, some branch matches
+# How text is cut into pieces, within which bytes are merged.  Whatever a pattern meets, some branch of it matches.
+WORDS = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"  # tiny
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 
 
 class Tokenizer:
-    """A tiktoken encoding, with the ids that begin (None: nothing does) and end a text."""
+    """An encoding, with the ids that begin (None: nothing does) and end a text.
+
+    `encoding` is a tiktoken.Encoding, or what has its n_vocab, encode_ordinary and decode.
+    """
 
     def __init__(self, encoding, end, begin=None):
         self.encoding, self.end, self.begin = encoding, end, begin
@@ -80,14 +89,25 @@ class Tokenizer:
         return self.encoding.decode(ids)
 
     @classmethod
-    def load(cls, where):
-        """The tokenizer of a model's folder, by the files in it.  Raises FileNotFoundError if we read none of them."""
-        words, vocab = (os.path.join(where, name) for name in ("words.json", "vocab.json"))
-        if os.path.exists(words):
+    def load(cls, folder):
+        """The tokenizer of a model's folder, by the files in it.  Raises OSError or ValueError if we can read none."""
+
+        def path(*names):
+            return next((p for p in (os.path.join(folder, name) for name in names) if os.path.exists(p)), None)
+
+        words, vocab, whole = path("words.json"), path("vocab.json", "encoder.json"), path("tokenizer.json")
+        ranks = path("tokenizer.model", os.path.join("original", "tokenizer.model"))
+        if words:
             return cls.of_words(read_json(words))
-        if os.path.exists(vocab):
-            return cls.of_gpt2(read_json(vocab))
-        raise FileNotFoundError(f"no tokenizer in {where}: it needs vocab.json (GPT-2's form) or words.json")
+        if vocab and (not whole or cuts_like_gpt2(whole)):
+            return cls.of_gpt2(read_json(vocab), vocab)
+        if ranks and (encoding := llama3_encoding(ranks)):
+            return cls(encoding, encoding.encode_single_token(LLAMA3_END), encoding.encode_single_token(LLAMA3_BEGIN))
+        if whole:
+            return cls.of_hub(whole, os.path.join(folder, "config.json"))
+        if ranks:
+            raise ValueError(f"{ranks} is a SentencePiece model: we read the tokenizer.json that its hub page has, too")
+        raise FileNotFoundError(f"no tokenizer in {folder}: it needs vocab.json, tokenizer.json or tokenizer.model")
 
     @classmethod
     def of_words(cls, words):
@@ -100,17 +120,61 @@ class Tokenizer:
         for word in words:
             ranks.setdefault(word.encode("utf-8"), len(ranks))
         end = len(ranks)
-        return cls(
-            tiktoken.Encoding("words", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: end}), end, begin=end
-        )
+        return cls(encoding_of("words", WORDS, ranks, {END: end}), end, begin=end)
 
     @classmethod
-    def of_gpt2(cls, vocab):
+    def of_gpt2(cls, vocab, path="vocab.json"):
         """GPT-2's byte-level tokens from vocab.json's {token: id}, whose ids are the ranks of its merges."""
         of_char = {char: byte for byte, char in gpt2_chars().items()}
-        ranks = {bytes(of_char[c] for c in token): i for token, i in vocab.items() if token != END}
-        end = vocab[END]
-        return cls(tiktoken.Encoding("gpt2", pat_str=GPT2, mergeable_ranks=ranks, special_tokens={END: end}), end)
+        try:
+            ranks = {bytes(of_char[c] for c in token): i for token, i in vocab.items() if token != END}
+            return cls(encoding_of("gpt2", GPT2, ranks, {END: vocab[END]}), vocab[END])
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{path} is not a vocabulary of GPT-2's kind ({type(e).__name__}: {e})") from None
+
+    @classmethod
+    def of_hub(cls, path, config):
+        """Any tokenizer.json, through the package `tokenizers`."""
+        try:
+            import tokenizers
+        except ImportError:
+            raise ModuleNotFoundError(f"{path} needs the package tokenizers: pip install tokenizers") from None
+        try:
+            encoding = HubEncoding(tokenizers.Tokenizer.from_file(path))
+            plain, whole = encoding.hub.encode("x", add_special_tokens=False).ids, encoding.hub.encode("x").ids
+            ends = read_json(config).get("eos_token_id")
+            end = ends[0] if isinstance(ends, list) else ends
+            if type(end) is not int or not 0 <= end < encoding.n_vocab:
+                raise ValueError(f"{config} has eos_token_id {ends!r}")
+        except Exception as e:  # tokenizers raises plain Exceptions
+            raise ValueError(f"{path} cannot be read ({type(e).__name__}: {str(e)[:80]})") from None
+        return cls(encoding, end, begin=whole[0] if len(whole) > len(plain) and whole[0] != plain[0] else None)
+
+
+class HubEncoding:
+    """A tokenizers.Tokenizer with the methods of a tiktoken.Encoding."""
+
+    def __init__(self, hub):
+        self.hub, self.n_vocab = hub, hub.get_vocab_size()
+
+    def encode_ordinary(self, text):
+        # SentencePiece puts a space before a text, but ours may go on from another: " lima" after "Response:".
+        lead = "\n" if text.startswith(" ") else ""
+        skipped = self.hub.encode(lead, add_special_tokens=False).ids
+        return self.hub.encode(lead + text, add_special_tokens=False).ids[len(skipped) :]
+
+    def decode(self, ids):
+        return self.hub.decode(ids, skip_special_tokens=False)
+
+
+def encoding_of(name, pattern, ranks, special):
+    """A tiktoken.Encoding.  Raises ValueError for ranks at which tiktoken would panic, now or at the first odd byte."""
+    ids = [*ranks.values(), *special.values()]
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
+        raise ValueError("its ids are not different whole numbers")
+    if not all(bytes([b]) in ranks for b in range(256)):
+        raise ValueError("it lacks some of the 256 bytes")
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def gpt2_chars():
@@ -118,6 +182,34 @@ def gpt2_chars():
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     rest = iter(range(256, 512))
     return {byte: chr(byte if byte in printable else next(rest)) for byte in range(256)}
+
+
+def cuts_like_gpt2(path):
+    """Whether a tokenizer.json cuts text as GPT-2 does: other models have a vocab.json too, and cut otherwise."""
+    whole = read_json(path)
+    cut = whole.get("pre_tokenizer") if isinstance(whole, dict) else None
+    return isinstance(cut, dict) and cut.get("type") == "ByteLevel" and not whole.get("normalizer")
+
+
+LLAMA3_BEGIN, LLAMA3_END = "<|begin_of_text|>", "<|end_of_text|>"
+
+
+def llama3_encoding(path):
+    """The tiktoken.Encoding of Llama 3's tokenizer.model: lines of base64 and rank; None if it is no such file.
+
+    256 special tokens follow the ranks.  Those that a text may hold are named; the rest are reserved, by their number.
+    """
+    try:
+        with open(path, "rb") as f:
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(bytes.split, f)}
+    except ValueError:  # also binascii.Error, and lines of other than two words: a SentencePiece model
+        return None
+    named = {0: LLAMA3_BEGIN, 1: LLAMA3_END, 6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: "<|eot_id|>"}
+    special = {named.get(i, f"<|special_{i}|>"): len(ranks) + i for i in range(256)}
+    try:
+        return encoding_of("llama3", LLAMA3, ranks, special)
+    except ValueError as e:
+        raise ValueError(f"{path} is broken: {e}") from None
 
 
 def pieces(texts):
@@ -132,8 +224,12 @@ def pieces(texts):
 
 
 def read_json(path):
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+    """A JSON file's content.  Raises ValueError with its name if it is none."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return json.load(f)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON ({str(e)[:80]})") from None
 
 
 def read_rows(path):

@@ -1,0 +1,214 @@
+"""Find a model by name: a folder, the ecosystem's cache, or a download into that cache.
+
+    find("gpt2")                       the folder with its config.json, weights and tokenizer
+    find("meta-llama/Llama-3.2-1B")    a gated model: it needs HF_TOKEN
+
+The cache and its layout are those of the huggingface_hub package (HF_HUB_CACHE, or HF_HOME/hub), so nothing is
+downloaded twice.  HF_ENDPOINT names another server, HF_HUB_OFFLINE=1 forbids the network.  A file is downloaded beside
+its place, resumed after a break, checked against the size and hash that the hub gives, and only then moved into place.
+"""
+
+import contextlib
+import errno
+import hashlib
+import http.client
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+from tqdm import tqdm
+
+from data import read_json, replacing
+from weights import read_config
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, two processes must not download the same model at once
+    fcntl = None
+
+NAMES = {"distilgpt2": "distilbert/distilgpt2"}
+NAMES.update({name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")})
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or the index of either, and its shards
+OTHERS = ("config.json", "vocab.json", "tokenizer.json", "tokenizer_config.json", "original/tokenizer.model")
+TRIES, PAUSE, TIMEOUT = 5, 1.0, 30.0  # attempts without progress; seconds between them; seconds without a byte
+
+
+def find(name):
+    """The folder of a model.  Raises OSError or ValueError in one line that says what to do."""
+    if os.path.isdir(name):
+        return name
+    repo = NAMES.get(name, name)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
+        raise FileNotFoundError(f"no model at {name}: it is no folder, none of {', '.join(NAMES)}, and no OWNER/NAME")
+    for known in (repo, name):  # older caches have gpt2 under that name alone
+        folder = cached(known)
+        if folder:
+            return folder
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no", "off"):
+        raise FileNotFoundError(f"{name} is not in {cache()}, and HF_HUB_OFFLINE forbids the network: unset it")
+    return download(repo)
+
+
+def cache():
+    home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+    return os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+
+
+def place(repo, *path):
+    return os.path.join(cache(), "models--" + repo.replace("/", "--"), *path)
+
+
+def cached(repo):
+    """The folder of the cache's `main`, if all of it is there; else None."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(place(repo, "refs", "main"), encoding="utf-8") as f:
+            folder = place(repo, "snapshots", f.read().strip())
+        have = set(os.listdir(folder))
+        kind = next((w for w in WEIGHTS if w in have or f"{w}.index.json" in have), None)
+        if kind and "config.json" in have and (kind in have or shards(folder, kind) <= have):
+            return folder
+    return None
+
+
+def shards(folder, kind):
+    """The files that an index names.  Raises ValueError if it is no index."""
+    path = os.path.join(folder, f"{kind}.index.json")
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        names = set(read_json(path)["weight_map"].values())
+        if all(name == os.path.basename(name) for name in names):
+            return names
+    raise ValueError(f"{path} is not an index of weights")
+
+
+# -- Download ----------------------------------------------------------------------------------------------------------
+
+
+def download(repo):
+    """Fetch what a model needs into the cache; what is whole already is left.  The reference to it is written last."""
+    try:
+        with request(f"api/models/{repo}/revision/main?blobs=true", repo) as answer:
+            info = json.load(answer)
+        commit, files = info["sha"], {f["rfilename"]: f for f in info["siblings"]}
+        if not re.fullmatch(r"\w+", commit):
+            raise ValueError(commit)
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
+        why = getattr(e, "reason", None) or e
+        raise ConnectionError(
+            f"no {repo} from {endpoint()} ({why}): try again, or give a folder that holds it"
+        ) from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{endpoint()} gave no list of {repo}'s files ({type(e).__name__})") from None
+    folder = place(repo, "snapshots", commit)
+    kind = next((w for w in WEIGHTS if w in files or f"{w}.index.json" in files), None)
+    if kind is None or "config.json" not in files:
+        raise ValueError(f"{repo} has no config.json with {' or '.join(WEIGHTS)}: it is no model that we can read")
+    for name in OTHERS:
+        if name in files:
+            fetch(repo, commit, files[name], folder)
+    read_config(os.path.join(folder, "config.json"))  # what we could not run is refused before gigabytes of it
+    if kind not in files:
+        fetch(repo, commit, files[f"{kind}.index.json"], folder)
+    for name in [kind] if kind in files else sorted(shards(folder, kind)):
+        if name not in files:
+            raise ValueError(f"{repo}: its index names {name}, which is not there")
+        fetch(repo, commit, files[name], folder)
+    os.makedirs(place(repo, "refs"), exist_ok=True)
+    with replacing(place(repo, "refs", "main")) as f:
+        f.write(commit)
+    return folder
+
+
+def endpoint():
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def request(path, repo, start=0):
+    """Open a path of the hub, from byte `start` on."""
+    query = urllib.request.Request(f"{endpoint()}/{path}", headers={"Range": f"bytes={start}-"} if start else {})
+    token = os.environ.get("HF_TOKEN")
+    if token:  # unredirected: the hub sends us on to other servers, which must not see it
+        query.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        return urllib.request.urlopen(query, timeout=TIMEOUT)
+    except urllib.error.HTTPError as e:
+        if e.code == 404 or e.headers.get("X-Error-Code") == "RepoNotFound":
+            raise FileNotFoundError(
+                f"{endpoint()} has no {repo}: is the name right? (HF_TOKEN, if it is private)"
+            ) from None
+        if e.code in (401, 403):
+            how = "your HF_TOKEN does not open it" if token else "set HF_TOKEN to a token of yours"
+            raise PermissionError(f"{repo} is gated: accept its terms on {endpoint()}/{repo}, and {how}") from None
+        raise
+
+
+def fetch(repo, commit, file, folder):
+    """One file of a snapshot: (resumed,) downloaded, checked, moved into place.  Two processes take turns."""
+    name, size = file["rfilename"], file["size"]
+    path = os.path.join(folder, *name.split("/"))
+    part = f"{path}.part"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if os.path.exists(path):
+        return
+    with open(part, "ab") as f:
+        if fcntl:
+            fcntl.flock(f, fcntl.LOCK_EX)
+        if os.path.exists(path):  # another process was faster; what we opened may be an empty new part
+            with contextlib.suppress(OSError):
+                os.remove(part)
+            return
+        try:
+            receive(repo, f"{repo}/resolve/{commit}/{urllib.parse.quote(name)}", f, size, name)
+        except OSError as e:
+            if e.errno == errno.ENOSPC:
+                raise OSError(
+                    f"no space for {path}: {size / 1e6:,.0f} MB wanted, {f.tell() / 1e6:,.0f} MB there"
+                ) from None
+            raise
+        if f.tell() != size or digest(part, file) != (file.get("lfs") or {}).get("sha256", file.get("blobId")):
+            os.remove(part)
+            raise ValueError(f"{name} of {repo} arrived broken: its hash is not the hub's. It was deleted; try again")
+        os.replace(part, path)
+
+
+def receive(repo, url, f, size, name):
+    """Append to f what is missing of `size` bytes, going on after breaks; gives up after TRIES without a byte."""
+    failed = 0
+    with tqdm(total=size, initial=f.tell(), unit="B", unit_scale=True, desc=name, dynamic_ncols=True) as bar:
+        while f.tell() < size:
+            before = f.tell()
+            try:
+                with request(url, repo, start=before) as answer:
+                    if before and answer.status != 206:  # a server that cannot resume starts again
+                        f.seek(f.truncate(0))
+                        bar.reset()
+                        before = 0
+                    while chunk := answer.read(min(1 << 20, size - f.tell())):
+                        f.write(chunk)
+                        bar.update(len(chunk))
+            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
+                if isinstance(e, urllib.error.HTTPError) and e.code < 500 and e.code != 429:
+                    raise OSError(f"{endpoint()} answered {e.code} for {name} of {repo}") from None
+                cause = getattr(e, "reason", None) or e
+            else:
+                cause = "it closed the connection"
+            f.flush()
+            failed = 0 if f.tell() > before else failed + 1
+            if failed >= TRIES:
+                raise ConnectionError(
+                    f"no {name} of {repo} from {endpoint()}: {cause}. Try again: it will go on from here"
+                )
+            if f.tell() < size:
+                time.sleep(PAUSE * failed)
+
+
+def digest(path, file):
+    """The hash that the hub gives: sha256 of large files, git's sha1 of others."""
+    h = hashlib.sha256() if file.get("lfs") else hashlib.sha1(b"blob %d\0" % os.path.getsize(path))
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            h.update(chunk)
+    return h.hexdigest()
