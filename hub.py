@@ -186,7 +186,7 @@ def receive(repo, url, f, size, name):
                         f.seek(f.truncate(0))
                         bar.reset()
                         before = 0
-                    while chunk := answer.read(min(1 << 20, size - f.tell())):
+                    while chunk := answer.read1(min(1 << 20, size - f.tell())):
                         f.write(chunk)
                         bar.update(len(chunk))
             except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
