@@ -62,10 +62,11 @@ class LoRA(Tuner):
 
     def __init__(self, config, r: int = 8, alpha: float = 16.0, on: str = "qv"):
         super().__init__()
-        c, self.on, self.scale = config, on, alpha / r
+        c, self.on = config, on
         out = {"q": c.n_head * c.head_dim, "k": c.n_kv_head * c.head_dim, "v": c.n_kv_head * c.head_dim}
-        if not on or set(on) - set(out):
-            raise ValueError(f"lora's on={on!r}: it takes some of the letters q, k, v")
+        if r < 1 or not on or set(on) - set(out):
+            raise ValueError(f"lora wants r >= 1 and on of the letters q, k, v; got r={r} on={on!r}")
+        self.scale = alpha / r
         self.A = nn.ParameterList(torch.empty(r, c.n_embd) for _ in range(c.n_layer) for _ in on)
         self.B = nn.ParameterList(torch.zeros(out[site], r) for _ in range(c.n_layer) for site in on)
         for a in self.A:
@@ -97,7 +98,8 @@ class Full(Tuner):
         super().__init__()
 
     def attach(self, model):
-        self.model = model.requires_grad_(True)  # as a submodule, so that its weights are the tuner's parameters
+        # A submodule, so that its weights are the tuner's parameters; in fp32, as everything that is trained.
+        self.model = model.float().requires_grad_(True)
 
 
 class Mine(Tuner):
@@ -121,7 +123,7 @@ def options(cls, name, given):
     """['P=8', ...] -> {'P': 8}, checked against a class's arguments: their names, the types of their defaults, their
     choices.
     """
-    known = {k: p for k, p in inspect.signature(cls).parameters.items() if p.default is not p.empty}
+    known = {k: p for k, p in inspect.signature(cls).parameters.items() if isinstance(p.default, (int, float, str))}
     out = {}
     for text in given:
         key, _, value = text.partition("=")
@@ -154,11 +156,19 @@ def save_tuner(path, tuner, meta, **more):
         torch.save({"tuner": tuner.state_dict(), "meta": meta, **more}, f)
 
 
+def fill(tuner, content, path):
+    """Put a checkpoint's tensors into a tuner.  Raises ValueError if they are of another shape."""
+    try:
+        tuner.load_state_dict(content["tuner"])
+    except RuntimeError as e:
+        raise ValueError(f"{path} does not fit this model: {str(e).splitlines()[-1].strip()[:200]}") from None
+
+
 def load_tuner(path):
     """A checkpoint's content.  Never unpickles code; raises ValueError for what is not a checkpoint."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        content["tuner"], content["meta"]["method"]
+        content["tuner"], [content["meta"][key] for key in ("method", "options", "init", "base")]
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint at {path}. Run: python train.py") from None
     except Exception as e:  # torch.load raises half a dozen kinds

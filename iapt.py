@@ -55,6 +55,7 @@ class Tuner(nn.Module):
 
     def prompt(self, l, x, instr):
         """Once a layer: the hidden states x (B, T, C) that enter layer l -> its soft tokens (B, P, C), or None."""
+        return None
 
     def kv(self, block, l, x, instr):
         """Once a layer: keys and values of its soft tokens, (k, v, keep) with k, v (B, G, P, D), or None.
@@ -75,18 +76,18 @@ class Tuner(nn.Module):
 
 
 class RationalFunction(torch.autograd.Function):
-    """R(x) = P(x) / Q(x),  P = a_0 + a_1 x + ... + a_n x^n,  Q = 1 + |S|,  S = b_1 x + ... + b_k x^k.
+    """R(x) = n / d,  n = a_0 + a_1 x + ... + a_6 x^6,  d = 1 + |s|,  s = b_1 x + ... + b_5 x^5  (or other degrees).
 
-    x of any shape, a (n+1,), b (k,).  Q >= 1, so there is no pole ("safe" Pade units, arXiv 1907.06732, here with one
+    x of any shape, a (7,), b (5,).  d >= 1, so there is no pole ("safe" Pade units, arXiv 1907.06732, here with one
     absolute value around the whole sum).  Computed in fp32 at least: in fp16, x^6 overflows near |x| = 6.
 
-    The gradients are the quotient rule with dQ = sgn(S) dS, and P, S linear in their coefficients:
+    The gradients are the quotient rule, with d' = sgn(s) s' and n, s linear in their coefficients:
 
-        dR/da_j =  x^j / Q
-        dR/db_i = -(P / Q^2) sgn(S) x^i                        =  -R sgn(S) x^i / Q
-        dR/dx   =  P' / Q - (P / Q^2) sgn(S) S'                =  (P' - R sgn(S) S') / Q
+        dR/da_j =  x^j / d
+        dR/db_i = -(n / d^2) sgn(s) x^i          =  -R sgn(s) x^i / d
+        dR/dx   =  n' / d - (n / d^2) sgn(s) s'  =  (n' - R sgn(s) s') / d
 
-    At S = 0, where |S| has its kink, sgn(0) = 0 gives a sub-gradient.  All of it follows from x, so x is all that is
+    At s = 0, where |s| has its kink, sgn(0) = 0 gives a sub-gradient.  All of it follows from x, so x is all that is
     kept for the backward pass; left to itself, autograd would keep every intermediate product of both polynomials.
     """
 
@@ -104,17 +105,17 @@ class RationalFunction(torch.autograd.Function):
         x, a, b = ctx.saved_tensors
         t = x.to(torch.promote_types(x.dtype, torch.float32))
         s = horner(t, b) * t
-        sign, q = s.sign(), 1 + s.abs()
-        r = horner(t, a) / q
-        dp = horner(t, [j * a[j] for j in range(1, len(a))])  # P', the sum of j a_j x^(j-1)
-        ds = horner(t, [(i + 1) * b[i] for i in range(len(b))])  # S' likewise
-        g = g.to(t.dtype) / q
-        dx = g * (dp - r * sign * ds)
+        sign, d = s.sign(), 1 + s.abs()
+        r = horner(t, a) / d
+        dn = horner(t, [j * a[j] for j in range(1, len(a))])  # n', the sum of j a_j x^(j-1)
+        ds = horner(t, [(i + 1) * b[i] for i in range(len(b))])  # s' likewise
+        g = g.to(t.dtype) / d
+        dx = g * (dn - r * sign * ds)
         da, db, gs = [], [], -g * r * sign
-        for _ in a:  # sums over x of (g/Q) x^j ...
+        for _ in a:  # sums over x of (g/d) x^j ...
             da.append(g.sum())
             g = g * t
-        for _ in b:  # ... and of -(g/Q) R sgn(S) x^i
+        for _ in b:  # ... and of -(g/d) R sgn(s) x^i
             gs = gs * t
             db.append(gs.sum())
         return dx.to(x.dtype), torch.stack(da).to(a.dtype), torch.stack(db).to(b.dtype)
@@ -131,7 +132,7 @@ def horner(x, c):
 class Rational(nn.Module):
     """A rational activation of degrees (6, 5), 12 learned coefficients; at first it is GELU, within 3.4e-3 on [-8, 8].
 
-    These are our own least-squares fit: published ones are often meant for Q = 1 + |b_1 x| + |b_2 x^2| + ...
+    These are our own least-squares fit: published ones are often meant for d = 1 + |b_1 x| + |b_2 x^2| + ...
     """
 
     def __init__(self):
@@ -232,7 +233,7 @@ class IAPT(Tuner):
         for name, p in self.named_parameters():
             rate = next((rates[part] for part in name.split(".") if part in rates), lr)
             by_rate.setdefault(rate, []).append(p)
-        return [{"params": params, "lr": rate} for rate, params in by_rate.items()]
+        return [{"params": params, "lr": rate, "weight_decay": 0.0} for rate, params in by_rate.items()]
 
 
 def split_kv(s, head_dim):

@@ -65,6 +65,7 @@ class Config:
         if self.arch == "gpt2":
             self.attn_bias = self.mlp_bias = True
         self.n_kv_head = self.n_kv_head or self.n_head
+        even = self.head_dim or self.n_head and self.n_embd % self.n_head == 0
         self.head_dim = self.head_dim or self.n_embd // max(1, self.n_head)
         self.n_inner = self.n_inner or (4 * self.n_embd if self.arch == "gpt2" else -(-self.n_embd * 8 // 96) * 32)
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "n_inner"):
@@ -74,10 +75,16 @@ class Config:
             raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
         if self.arch == "llama" and self.head_dim % 2:
             raise ValueError(f"rotary positions turn pairs: head_dim must be even, got {self.head_dim}")
-        if self.arch == "gpt2" and self.head_dim * self.n_head != self.n_embd:
+        if not even:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
-        if not (0 < self.norm_eps < 1 and self.rope_theta > 0):
-            raise ValueError(f"norm_eps={self.norm_eps!r} or rope_theta={self.rope_theta!r} is out of range")
+        numbers = {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta, **(self.rope_scaling or {})}
+        numbers.pop("rope_type", None)
+        for name, x in numbers.items():
+            if type(x) not in (int, float) or not 0 < x < 1e12:
+                raise ValueError(f"{name} must be a positive number, got {x!r}")
+        for name in ("tied", "attn_bias", "mlp_bias"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
 
 class Rotary(nn.Module):
@@ -367,8 +374,8 @@ def generate(model, prompts, tuner=None, max_new=64, stop=None, seed=0, **sampli
 
     Returns the new tokens, a list per prompt.  Raises ValueError for an empty prompt and for one that leaves no room.
     """
-    longest = max(map(len, prompts))
-    if not all(prompts):
+    longest = max(map(len, prompts), default=0)
+    if not longest or not all(prompts):
         raise ValueError("an empty prompt: there is nothing to continue")
     if longest + max_new > model.config.block_size:
         raise ValueError(

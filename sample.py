@@ -12,7 +12,7 @@ import os
 import sys
 
 import weights
-from baselines import build, load_tuner
+from baselines import build, fill, load_tuner
 from data import run
 from train import answer, open_model, pick_device
 
@@ -72,7 +72,7 @@ def open_checkpoint(path, init=None, force=False, device="cpu", dtype=None, froz
         return model, tokenizer, None
     tuner = build(meta["method"], model.config, meta["options"]).to(device)
     tuner.attach(model)
-    tuner.load_state_dict(content["tuner"])
+    fill(tuner, content, path)
     return model, tokenizer, tuner.eval()
 
 
@@ -85,7 +85,7 @@ def main(argv=None):
         inputs = args.input * len(instructions) if len(args.input) == 1 else args.input or [""] * len(instructions)
         rows = [{"instruction": text, "input": given} for text, given in zip(instructions, inputs)]
         how = dict(seed=args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-        return answer(model, tokenizer, rows, tuner, args.max_new, **how)
+        return [" ".join(text.split()) for text in answer(model, tokenizer, rows, tuner, args.max_new, **how)]
 
     if args.prompts or not sys.stdin.isatty():
         asked = args.prompts or [line.strip() for line in sys.stdin if line.strip()]
@@ -97,11 +97,13 @@ def main(argv=None):
     while True:
         try:
             text = input("> ").strip()
+            if text:
+                print(*ask([text]))
+        except ValueError as e:  # too long a question, say: no reason to leave
+            print(f"error: {e}")
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if text:
-            print(*ask([text]))
 
 
 if __name__ == "__main__":

@@ -24,72 +24,47 @@ from tqdm import tqdm
 
 import hub
 import weights
-from baselines import METHODS, build, load_tuner, options, save_tuner
+from baselines import METHODS, build, fill, load_tuner, options, save_tuner
 from data import Batches, Tokenizer, collate, encode, load, prepare, replacing, run, template
 from model import Config, Decoder, generate
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = os.path.join(HERE, "data", "tiny")
+FILES = ("last.pt", "best.pt", "log.jsonl")  # of a run
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, or_ = parser.add_argument, "(default: %(default)s)"
+    add("--init", default="tiny", help=f"the frozen model: tiny, scratch, a folder, gpt2, OWNER/NAME of the hub {or_}")
+    add("--data", default="tiny", help=f"tiny, a folder with train.jsonl, or a .jsonl, .json or .csv file {or_}")
+    add("--method", default="iapt", help=f"{', '.join(METHODS)} {or_}")
     add(
-        "--init",
-        default="tiny",
-        help="the frozen model: tiny, scratch, a folder, gpt2, ..., or OWNER/NAME of the hub (default: %(default)s)",
-    )
-    add(
-        "--data",
-        default="tiny",
-        help="tiny, a folder with train.jsonl ..., or a .jsonl, .json, .csv file (default: %(default)s)",
-    )
-    add("--method", default="iapt", help=f"{', '.join(METHODS)} (default: %(default)s)")
-    add(
-        "-o",
-        nargs="+",
-        default=[],
-        action="extend",
-        metavar="NAME=VALUE",
-        help="options of the method (with --init scratch: of the model)",
+        "-o", nargs="+", default=[], action="extend", metavar="NAME=VALUE", help="the method's options (scratch: sizes)"
     )
     add("--out", help="folder of the run (default: out/METHOD)")
-    add("--steps", type=int, default=1500, help="training steps (default: %(default)s)")
+    add("--steps", type=int, default=1500, help=f"training steps {or_}")
     add("--lr", type=float, help="peak learning rate (default: the method's own)")
-    add("--weight-decay", type=float, default=0.0, help="(default: %(default)s)")
-    add("--batch-size", type=int, default=32, help="rows a step (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.0, help=or_)
+    add("--batch-size", type=int, default=32, help=f"rows a step {or_}")
     add("--block-size", type=int, help="longest row in tokens (default: what the model takes)")
-    add(
-        "--eval-every",
-        type=int,
-        default=100,
-        help="steps between validations, each of which saves (default: %(default)s)",
-    )
-    add("--val-rows", type=int, default=320, help="validate on at most so many rows; 0: all (default: %(default)s)")
-    add(
-        "--test-rows",
-        type=int,
-        default=0,
-        help="test on at most so many rows of each test set; 0: all (default: %(default)s)",
-    )
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
-    add(
-        "--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the frozen weights (default: %(default)s)"
-    )
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="torch.compile the model (default: %(default)s)",
-    )
+    add("--eval-every", type=int, default=100, help=f"steps between validations, each of which saves {or_}")
+    add("--val-rows", type=int, default=320, help=f"validate on at most so many rows; 0: all {or_}")
+    add("--test-rows", type=int, default=0, help=f"test on at most so many rows of each test set; 0: all {or_}")
+    add("--device", default="auto", help=f"auto, cpu, cuda, cuda:1, ... {or_}")
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help=f"of the frozen weights {or_}")
+    add("--seed", type=int, default=0, help=or_)
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--force", action="store_true", help="start again over the run in --out")
     args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "eval_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    least = {"steps": 1, "batch_size": 1, "block_size": 2, "eval_every": 1, "val_rows": 0, "test_rows": 0, "seed": 0}
+    for name, value in {**least, "weight_decay": 0}.items():
+        given = getattr(args, name)
+        if given is not None and given < value:
+            parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        parser.error(f"--lr must be above 0, got {args.lr}")
     args.out = args.out or os.path.join("out", args.method)
     return args
 
@@ -101,6 +76,10 @@ def pick_device(device="auto", dtype="auto"):
     """The device, the dtype of frozen weights on it, and why."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device {device}: there is no such device. Take cpu, cuda, cuda:1, ...") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this PyTorch sees no CUDA device. Leave the option out to use the CPU")
     if dtype != "auto":
@@ -141,7 +120,7 @@ def evaluate(model, examples, tuner=None, size=64):
     nats, tokens, exact = 0.0, 0, 0
     order = sorted(examples, key=lambda e: len(e[0]) + len(e[1]))
     for i in range(0, len(order), size):
-        idx, targets, instr = collate(order[i : i + size], model.wte.weight.device)
+        idx, targets, instr = collate(order[i : i + size], model.config.block_size, model.wte.weight.device)
         there = targets >= 0
         logits = model.head(model.hidden(idx, instr, tuner)[there]).float()
         nats += F.cross_entropy(logits, targets[there], reduction="sum").item()
@@ -178,14 +157,14 @@ def train(model, tuner, train_examples, val_examples, args, meta):
     With --resume it goes on as if it had never stopped: a step depends on the seed, its number and what the steps
     before it left.
     """
-    last, best, log = (os.path.join(args.out, name) for name in ("last.pt", "best.pt", "log.jsonl"))
+    last, best, log = (os.path.join(args.out, name) for name in FILES)
     optimizer = torch.optim.AdamW(tuner.groups(args.lr), weight_decay=args.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    batches = Batches(train_examples, args.batch_size, args.seed, model.wte.weight.device)
+    batches = Batches(train_examples, args.batch_size, args.seed, model.config.block_size, model.wte.weight.device)
     state = {"step": 0, "lowest": math.inf, "losses": []}  # losses since the last validation
     if args.resume:
         saved = resumable(last, meta)
-        tuner.load_state_dict(saved["tuner"])
+        fill(tuner, saved, last)
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
     keep_lines(log, state["step"])
@@ -193,63 +172,70 @@ def train(model, tuner, train_examples, val_examples, args, meta):
     def save():
         save_tuner(last, tuner, meta, optimizer=optimizer.state_dict(), state=state)
 
-    stop = []  # signals, acted on between two steps: so what is saved is never half a step
-    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(
-        range(state["step"], args.steps), initial=state["step"], total=args.steps, dynamic_ncols=True, unit="step"
-    )
+    def check(loss, step):
+        if not math.isfinite(loss):
+            kept = f"{best} is intact" if os.path.exists(best) else "nothing had been saved yet"
+            raise ValueError(f"loss is {loss} at step {step}; {kept}. Try --lr {args.lr / 4:.1g}")
+        return loss
+
     tokens, clock = 0, time.perf_counter()
-    try:
-        for step in bar:
-            if stop:
+    with Stop() as stop, tqdm(initial=state["step"], total=args.steps, dynamic_ncols=True, unit="step") as bar:
+        for step in range(state["step"], args.steps):
+            if stop.asked:
                 save()
                 raise SystemExit(f"stopped before step {step}, and saved. Go on with the same command and --resume")
-            torch.manual_seed(
-                args.seed * 1_000_003 + step
-            )  # for methods that draw: their noise too is a function of the step
-            tuner.train()
+            torch.manual_seed(args.seed * 1_000_003 + step)  # for methods that draw: their noise is the step's own
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * schedule(step, args.steps)
+            tuner.train()
             idx, targets, instr = batches.batch(step)
             loss = model(idx, instr, tuner, targets)
-            if not torch.isfinite(loss):
-                kept = f"{best} is intact" if os.path.exists(best) else "nothing had been saved yet"
-                raise ValueError(f"loss is {loss.item()} at step {step}; {kept}. Try --lr {args.lr / 4:.1g}")
+            state["losses"].append(check(loss.item(), step))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(tuner.parameters(), 1.0)
             optimizer.step()
-            state["step"] = step + 1
-            state["losses"].append(loss.item())
-            tokens += idx.numel()
-            if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-                rate = tokens / (time.perf_counter() - clock)
-                exact, val = evaluate(model, val_examples, tuner)
-                mean = sum(state["losses"]) / len(state["losses"])
-                bar.set_postfix_str(f"loss {mean:.3f}, val {val:.3f}, {rate:,.0f} tokens/s")
+            state["step"] = done = step + 1
+            tokens += (instr | (targets >= 0)).sum().item()  # without the padding
+            bar.update()
+            if done % args.eval_every == 0 or done == args.steps:
+                row = {"step": done, "loss": sum(state["losses"]) / len(state["losses"])}
+                row["tokens_per_s"] = round(tokens / (time.perf_counter() - clock))
+                row["exact"], row["val"] = evaluate(model, val_examples, tuner)
+                bar.set_postfix_str("loss {loss:.3f}, val {val:.3f}, {tokens_per_s:,} tokens/s".format(**row))
+                if check(row["val"], step) < state["lowest"]:
+                    state["lowest"] = row["val"]
+                    save_tuner(best, tuner, meta, step=done, val=row["val"])
                 with open(log, "a", encoding="utf-8") as f:
-                    f.write(
-                        json.dumps(
-                            {"step": step + 1, "loss": mean, "val": val, "exact": exact, "tokens_per_s": round(rate)}
-                        )
-                        + "\n"
-                    )
-                if val < state["lowest"]:
-                    state["lowest"] = val
-                    save_tuner(best, tuner, meta, step=step + 1, val=val)
+                    f.write(json.dumps(row) + "\n")
                 state["losses"] = []
                 save()
                 tokens, clock = 0, time.perf_counter()
-    finally:
-        bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return load_tuner(best)
+
+
+class Stop:
+    """Notes Ctrl-C and SIGTERM, for a loop to act on between two steps; the second time they act at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.asked = True
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def resumable(path, meta):
     """The content of last.pt.  Raises ValueError if that run was another one than this."""
     saved = load_tuner(path)
+    if "optimizer" not in saved or "state" not in saved:
+        raise ValueError(f"--resume: {path} is a checkpoint, but not of a run that can go on")
     for key, value in meta.items():
         if saved["meta"].get(key) != value:
             raise ValueError(f"--resume: {key} was {saved['meta'].get(key)!r} in {path}, now it is {value!r}")
@@ -257,11 +243,11 @@ def resumable(path, meta):
 
 
 def keep_lines(log, step):
-    """Drop from a log what was written after `step`; none is an empty log."""
+    """Drop from a log what was written after `step` (0: all of it), and a last line that was not finished."""
     lines = []
-    if step:
+    if step and os.path.exists(log):
         with open(log, encoding="utf-8") as f:
-            lines = [line for line in f if json.loads(line)["step"] <= step]
+            lines = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= step]
     with replacing(log) as f:
         f.writelines(lines)
 
@@ -300,7 +286,9 @@ def main(argv=None):
     scratch = args.init == "scratch"
     if scratch and args.method != "full":
         raise ValueError(f"--init scratch has nothing frozen yet for {args.method} to tune: add --method full")
-    files = [os.path.join(args.out, name) for name in ("last.pt", "best.pt", "log.jsonl")]
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
+        raise FileExistsError(f"--out {args.out} is a file, and not a folder")
+    files = [os.path.join(args.out, name) for name in FILES]
     if args.resume and not os.path.exists(files[0]):
         raise FileNotFoundError(f"--resume: there is no run at {args.out}")
     if any(map(os.path.exists, files)) and not (args.resume or args.force):
@@ -322,13 +310,14 @@ def main(argv=None):
         for name, r in rows.items()
     }
     examples = {name: encode(r, tokenizer, block_size) for name, r in rows.items()}
-    tests = [name for name in rows if name.startswith("test")] or ["val"]
+    tests = [name for name in rows if name.startswith("test")]
     torch.manual_seed(args.seed)
     tuner = build(args.method, model.config, [] if scratch else args.o).to(device)
-    args.lr = args.lr or tuner.lr
+    args.lr = tuner.lr if args.lr is None else args.lr
     meta = {"method": args.method, "options": args.o, "init": args.init, "base": weights.fingerprint(model),
             "data": args.data, "seed": args.seed, "steps": args.steps, "lr": args.lr, "batch_size": args.batch_size,
-            "weight_decay": args.weight_decay}  # fmt: skip
+            "weight_decay": args.weight_decay, "eval_every": args.eval_every, "val_rows": args.val_rows,
+            "block_size": block_size, "dtype": str(dtype)}  # fmt: skip
 
     # Before: the frozen model alone.
     shown = [row for name in tests for row in spread(rows[name], 2)][:6]
@@ -339,18 +328,22 @@ def main(argv=None):
     everything = {id(p): p for p in (*model.parameters(), *tuner.parameters())}.values()
     total, trained = sum(p.numel() for p in everything), sum(p.numel() for p in tuner.parameters())
     print(f"{args.method}: {trained:,} of {total / 1e6:.2f}M parameters train ({trained / total:.2%})")
-    print(f"{args.init} on {device}, frozen in {str(dtype).removeprefix('torch.')} ({why})")
+    kept = "all of it trains, in float32" if args.method == "full" else f"frozen in {str(dtype)[6:]} ({why})"
+    print(f"{args.init} on {device}, {kept}")
     print(f"{args.data}: {', '.join(f'{name} {len(r):,}' for name, r in rows.items())} rows")
     if args.compile:
         model.hidden = torch.compile(model.hidden)
     os.makedirs(args.out, exist_ok=True)
+    for path in files:
+        if args.force and os.path.exists(path):
+            os.remove(path)
     best = train(model, tuner, examples["train"], examples["val"], args, meta)
 
     # After.
-    tuner.load_state_dict(best["tuner"])
+    fill(tuner, best, files[1])
     after = {name: evaluate(model, examples[name], tuner) for name in tests}
     texts.append(answer(model, tokenizer, shown, tuner))
-    path = os.path.join(args.out, "best.pt")
+    path = files[1]
     size = os.path.getsize(path) / 1000
     print("\n" + "\n".join(table(before, after, args.method, {name: len(rows[name]) for name in tests})))
     print("\n" + "\n".join(examples_before_and_after(shown, *texts, args.method)))
@@ -359,7 +352,7 @@ def main(argv=None):
         weights.save(args.out, model, torch.float16)
         shutil.copy(os.path.join(TINY, "words.json"), args.out)
         print(f"saved the model, too, as a Hugging Face folder: python train.py --init {args.out}")
-    else:
+    elif "instruction" in shown[0]:
         given = f" --input {json.dumps(shown[0]['input'])}" if shown[0].get("input") else ""
         print(f"try it: python sample.py {path} {json.dumps(shown[0]['instruction'])}{given}")
     return {"before": before, "after": after, "path": path}

@@ -317,4 +317,4 @@ def write_safetensors(path, tensors):
     with replacing(path, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for x in tensors.values():
-            f.write(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            f.write(x.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())

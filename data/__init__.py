@@ -82,11 +82,11 @@ class Tokenizer:
         return self.encoding.encode_ordinary(text)  # "<|endoftext|>" in a user's text is text
 
     def prompt(self, text):
-        """Ids of a text that something will follow: with the id that begins a text, where there is one."""
-        return [self.begin] * (self.begin is not None) + self.encode(text)
+        """Ids of a text that something will follow: with the id that begins a text, where there is one; never none."""
+        return [self.begin] * (self.begin is not None) + self.encode(text) or [self.end]
 
     def decode(self, ids):
-        return self.encoding.decode(ids)
+        return self.encoding.decode([i for i in ids if i < self.vocab_size])  # a model's table may have spare rows
 
     @classmethod
     def load(cls, folder):
@@ -116,6 +116,8 @@ class Tokenizer:
         tiktoken looks a whole piece up before it merges bytes, so a known word is one token, and an unknown one falls
         back on bytes (and on such short words as its bytes happen to spell): nothing is unencodable.
         """
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError("words.json is not a list of words")
         ranks = {bytes([b]): b for b in range(256)}
         for word in words:
             ranks.setdefault(word.encode("utf-8"), len(ranks))
@@ -233,21 +235,29 @@ def read_json(path):
 
 
 def read_rows(path):
-    """Rows of a .jsonl, .json (a list) or .csv file.  Columns `mr`, `ref` (the E2E data) become input and output."""
-    with open(path, encoding="utf-8-sig", newline="") as f:
-        if path.endswith(".jsonl"):
-            rows = [json.loads(line) for line in f if line.strip()]
-        elif path.endswith(".json"):
-            rows = json.load(f)
-        else:
-            rows = list(csv.DictReader(f))
-    if rows and "mr" in rows[0]:
-        rows = [{"instruction": "Describe the restaurant.", "input": row["mr"], "output": row["ref"]} for row in rows]
-    for i, row in enumerate(rows):
-        if "output" not in row or not ("instruction" in row or "prompt" in row):
-            raise ValueError(f"{path}, row {i + 1}: it has {', '.join(map(str, row))}; it needs instruction and output")
-    if not rows:
+    """Rows of a .jsonl, .json (a list) or .csv file.  Columns `mr`, `ref` (the E2E data) become input and output.
+
+    Raises ValueError with the file and the row for what is not a row.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            if path.endswith(".jsonl"):
+                rows = [json.loads(line) for line in f if line.strip()]
+            else:
+                rows = json.load(f) if path.endswith(".json") else list(csv.DictReader(f))
+    except (ValueError, csv.Error, RecursionError) as e:
+        raise ValueError(f"{path} cannot be read: {e}") from None
+    if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path} has no rows")
+    for i, row in enumerate(rows):
+        if isinstance(row, dict) and "mr" in row:
+            row = rows[i] = {"instruction": "Describe the restaurant.", "input": row["mr"], "output": row.get("ref")}
+        if not isinstance(row, dict) or "output" not in row or not ("instruction" in row or "prompt" in row):
+            has = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)[:40]
+            raise ValueError(f"{path}, row {i + 1}: it has {has}; it needs instruction and output")
+        for key in ("prompt" if "prompt" in row else "instruction", "output"):
+            if not isinstance(row[key], str):
+                raise ValueError(f"{path}, row {i + 1}: {key} is {row[key]!r}, and should be text")
     return rows
 
 
@@ -265,31 +275,36 @@ def split(rows, seed=0, part=0.1):
 def load(where):
     """Splits of a data set: {"train": rows, "val": rows, "test": rows, "test_...": rows}.
 
-    A folder with train.jsonl (and val, test, test_*: .jsonl, .json or .csv), or E2E's folder (trainset.csv or, without
-    it, devset.csv; testset_w_refs.csv), or one file.  A missing val (and, for one file, test) is a tenth of the rows,
-    split off by instruction.
+    A folder with train and, if there are, val, test, test_*, each .jsonl, .json or .csv; or E2E's folder (trainset.csv
+    and devset.csv, or devset.csv alone; testset_w_refs.csv); or one file.  What is missing of train, val and test is
+    split off by instruction, a tenth each.
     """
     if os.path.isfile(where):
-        rest, test = split(read_rows(where))
-        train, val = split(rest)
-        return {"train": train, "val": val, "test": test}
-    if not os.path.isdir(where):
+        found = {"train": read_rows(where)}
+    elif os.path.isdir(where):
+        alias = {"trainset": "train", "devset": "val", "testset_w_refs": "test"}
+        if os.path.exists(os.path.join(where, "devset.csv")) and not os.path.exists(
+            os.path.join(where, "trainset.csv")
+        ):
+            alias["devset"] = "train"
+        found = {}
+        for name in sorted(os.listdir(where)):
+            stem, ext = os.path.splitext(name)
+            stem = alias.get(stem, stem)
+            if ext in (".jsonl", ".json", ".csv") and (stem in ("train", "val", "test") or stem.startswith("test_")):
+                found[stem] = read_rows(os.path.join(where, name))
+        if "train" not in found:
+            raise FileNotFoundError(f"no data in {where}: no train.jsonl, .json or .csv")
+    else:
         raise FileNotFoundError(
             f"no data at {where}: --data takes tiny, a folder with train.jsonl, or a .jsonl, .json or .csv file"
         )
-    alias = {"trainset": "train", "devset": "val", "testset_w_refs": "test"}
-    found = {}
-    for name in sorted(os.listdir(where)):
-        stem, ext = os.path.splitext(name)
-        stem = alias.get(stem, stem)
-        if ext in (".jsonl", ".json", ".csv") and (stem in ("train", "val") or stem.startswith("test")):
-            found[stem] = read_rows(os.path.join(where, name))
-    if "train" not in found:  # E2E without its training set: its development set is enough to train on, and to split
-        found["train"] = found.pop("val", None)
-    if not found["train"]:
-        raise FileNotFoundError(f"no data in {where}: no train.jsonl, .json or .csv. Run: python data/prepare.py tiny")
+    if not any(name.startswith("test") for name in found):
+        found["train"], found["test"] = split(found["train"])
     if "val" not in found:
         found["train"], found["val"] = split(found["train"])
+    if not all(found.values()):
+        raise ValueError(f"{where} has too few different instructions to split off a tenth for each of val and test")
     return found
 
 
@@ -310,14 +325,14 @@ def encode(rows, tokenizer, block_size):
     return examples
 
 
-def collate(examples, device="cpu", multiple=16):
+def collate(examples, block_size, device="cpu", multiple=16):
     """Examples -> idx, targets, instr, each (B, T).
 
-    Right-padded to a multiple of `multiple`, so that few shapes occur.  targets[t] is the token after idx[t] where
-    that is part of the response (its end included), else -1; instr is True on the prompt.
+    Right-padded to a multiple of `multiple`, or to block_size, so that few shapes occur.  targets[t] is the token after
+    idx[t] where that is part of the response (its end included), else -1; instr is True on the prompt.
     """
     T = max(len(p) + len(r) for p, r in examples) - 1
-    T = -(-T // multiple) * multiple
+    T = min(-(-T // multiple) * multiple, block_size)
     idx = torch.zeros(len(examples), T, dtype=torch.long)
     targets = torch.full_like(idx, -1)
     instr = torch.zeros_like(idx, dtype=torch.bool)
@@ -337,15 +352,16 @@ class Batches:
     batches, cut into batches, and the batches are shuffled.
     """
 
-    def __init__(self, examples, size, seed, device="cpu"):
-        self.examples, self.size, self.seed, self.device = examples, min(size, len(examples)), seed, device
+    def __init__(self, examples, size, seed, block_size, device="cpu"):
+        self.examples, self.size, self.seed = examples, min(size, len(examples)), seed
+        self.block_size, self.device = block_size, device
         self.epoch, self.chunks = None, None
 
     def batch(self, i):
         epoch, k = divmod(i, len(self.examples) // self.size)
         if epoch != self.epoch:
             self.epoch, self.chunks = epoch, self._order(random.Random(f"{self.seed} {epoch}"))
-        return collate([self.examples[j] for j in self.chunks[k]], self.device)
+        return collate([self.examples[j] for j in self.chunks[k]], self.block_size, self.device)
 
     def _order(self, rng):
         order = rng.sample(range(len(self.examples)), len(self.examples))

@@ -25,16 +25,14 @@ import random
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(
-    0, os.path.dirname(HERE)
-)  # run as a script, this file's own folder is on the path, and not the project's
+# Run as a script, this file's own folder is on the path, and not the project's.
+sys.path.insert(0, os.path.dirname(HERE))
 
-from data import pieces, replacing, run, template  # noqa: E402
+from data import pieces, read_json, replacing, run, template  # noqa: E402
 
-# -- The world
-# --------------------------------------------------------------------------------------------------------- A task is a
-# few noun phrases ("cores") about some {x}.  Each makes statements, "CORE is Y .", and, with the openers below,
-# instructions, "what is CORE ?".  The last core of every task is kept for test_phrasings.
+# -- The world ---------------------------------------------------------------------------------------------------------
+# A task is a few noun phrases ("cores") about some {x}.  Each makes statements, "CORE is Y .", and, with the openers
+# below, instructions, "what is CORE ?".  The last core of every task is kept for test_phrasings.
 
 COUNTRIES = """
 france paris europe, spain madrid europe, italy rome europe, germany berlin europe, portugal lisbon europe,
@@ -335,21 +333,28 @@ def tiny(folder, corpus=40_000):
     """Write the data set `tiny` into a folder; returns {file: number of rows}."""
     rng = random.Random("corpus")
     train = instructions("train", 6400)
+    val = instructions("val", 320, avoid=train)
     files = {
         "pretrain/train": [document(rng) for _ in range(corpus)],
         "pretrain/test_complete": [completion(rng, task) for task in [*FACTS, *SKILLS] * 50],
-        "train": train,
-        "val": instructions("val", 320, avoid=train),
-        "test": instructions("test", 640, avoid=train),
+        "val": val,
+        "test": instructions("test", 640, avoid=train + val),
         "test_entities": instructions("entities", 640, held_entity=True),
         "test_phrasings": instructions("phrasings", 640, held_phrasing=True),
+        "train": train,  # last: where it is, the others are
     }
+    text = [template(row) + " " + row["output"] for rows in files.values() for row in rows]
+    vocabulary = os.path.join(folder, "words.json")
+    if os.path.exists(os.path.join(folder, "model.safetensors")) and read_json(vocabulary) != pieces(text):
+        raise ValueError(
+            f"the words of this world are no longer those of the model in {folder}: make the data with --out NEW, copy"
+            " its words.json here, and pretrain anew (the command is in the README)"
+        )
     os.makedirs(os.path.join(folder, "pretrain"), exist_ok=True)
     for name, rows in files.items():
         with replacing(os.path.join(folder, f"{name}.jsonl")) as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    text = [template(row) + " " + row["output"] for rows in files.values() for row in rows]
-    with replacing(os.path.join(folder, "words.json")) as f:
+    with replacing(vocabulary) as f:
         json.dump(pieces(text), f, ensure_ascii=False, indent=0)
     return {name: len(rows) for name, rows in files.items()}
 

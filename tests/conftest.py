@@ -11,7 +11,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from baselines import METHODS, build  # noqa: E402
+from baselines import build  # noqa: E402
 from model import Config, Decoder  # noqa: E402
 
 SHARED = os.path.join(os.path.dirname(ROOT), "shared")
@@ -72,8 +72,3 @@ def right_padded(lengths, width, vocab=50, seed=0):
 @pytest.fixture(params=ARCHS)
 def model(request):
     return small_model(request.param)
-
-
-@pytest.fixture(params=METHODS)
-def method(request):
-    return request.param

@@ -3,7 +3,10 @@
 import csv
 import json
 import os
+import random
 import re
+import subprocess
+import sys
 
 import pytest
 import tiktoken
@@ -50,9 +53,34 @@ def test_the_generator_still_makes_the_vocabulary_of_the_shipped_backbone(tiny):
 
 
 def test_it_makes_the_same_bytes_every_time(tiny, tmp_path):
-    prepare.tiny(str(tmp_path), corpus=100)
-    for name in ("train", "test", "test_entities", "test_phrasings"):
+    """Also in another process, where strings hash otherwise and sets have another order."""
+    code = f"from data import prepare; prepare.tiny({str(tmp_path)!r}, corpus=200)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": "7"}, check=True)
+    for name in ("train", "val", "test", "test_entities", "test_phrasings"):
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (tiny / f"{name}.jsonl").read_bytes()
+    corpus = (tmp_path / "pretrain/train.jsonl").read_bytes()
+    assert (tiny / "pretrain/train.jsonl").read_bytes().startswith(corpus)
+
+
+def test_a_world_with_other_words_than_the_model_beside_it_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "words.json").write_text('[" other"]')
+    with pytest.raises(ValueError, match="no longer those of the model .* pretrain anew"):
+        prepare.tiny(str(tmp_path), corpus=100)
+    assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "words.json"]
+
+
+def test_every_sentence_of_a_document_is_about_another_task(monkeypatch):
+    """So nothing that follows an instruction can be its answer, whatever its form."""
+    tasks = []
+    for name in ("fact_or_list", "unanswered"):
+        real = getattr(prepare, name)
+        monkeypatch.setattr(prepare, name, lambda rng, task, real=real: tasks.append(task) or real(rng, task))
+    rng = random.Random(0)
+    for _ in range(300):
+        tasks.clear()
+        prepare.document(rng)
+        assert len(set(tasks)) == len(tasks) >= 2
 
 
 def test_the_world_is_large_enough():
@@ -89,30 +117,40 @@ def test_the_corpus_states_every_fact_also_the_held_out_ones(tiny):
 
 
 def asks_about(row):
-    """The words that a row's instruction is about, with which core: found by trying them all."""
+    """The words that a row's instruction is about: found by trying them all."""
     if row["task"] in prepare.SKILLS:  # where the list is part of the sentence, its words are found in the answer
-        copied = row["output"].split() if row["task"] != "count" else []
-        return set(row["input"].split() + copied), prepare.SKILLS[row["task"]][1]
+        return set(row["input"].split() + (row["output"].split() if row["task"] != "count" else []))
     pairs, _, cores = prepare.FACTS[row["task"]]
-    return {x for x in pairs for core in cores if row["input"] == x or core.format(x=x) in row["instruction"]}, cores
+    return {x for x in pairs for core in cores if row["input"] == x or core.format(x=x) in row["instruction"]}
 
 
 def test_no_training_row_asks_for_a_held_out_entity_or_uses_a_held_out_phrasing(tiny):
     for row in read_rows(str(tiny / "train.jsonl")):
-        about, cores = asks_about(row)
-        assert not about & prepare.HELD_ENTITIES.get(row["task"], prepare.HELD_WORDS), row
-        before, after = cores[-1].split("{x}")
-        assert not (before.strip() and f" {before}" in row["instruction"] and after.strip() in row["instruction"]), row
-        assert not any(row["instruction"].startswith(o.split("{c}")[0]) for o in prepare.HELD_OPENERS), row
+        assert not asks_about(row) & prepare.HELD_ENTITIES.get(row["task"], prepare.HELD_WORDS), row
+        assert not held_phrasing(row), row
+
+
+def held_phrasing(row):
+    """Whether a row's instruction has an opener or a core that training never uses."""
+    cores = (prepare.FACTS.get(row["task"]) or prepare.SKILLS[row["task"]])[-1]
+    core = re.escape(cores[-1]).replace(re.escape("{x}"), r"\w+( \w+)*")
+    openers = [o.split("{c}")[0] for o in prepare.HELD_OPENERS]
+    return bool(re.search(rf"\b{core} [.?]$", row["instruction"])) or row["instruction"].startswith(tuple(openers))
 
 
 def test_test_rows_are_new_and_of_the_kind_they_are_named_for(tiny):
-    train = {template(row) for row in read_rows(str(tiny / "train.jsonl"))}
-    for name in ("val", "test", "test_entities", "test_phrasings"):
-        assert not train & {template(row) for row in read_rows(str(tiny / f"{name}.jsonl"))}
+    seen = set()
+    for name in ("train", "val", "test"):
+        rows = {template(row) for row in read_rows(str(tiny / f"{name}.jsonl"))}
+        assert not seen & rows
+        seen |= rows
+    for name in ("test_entities", "test_phrasings"):
+        assert not seen & {template(row) for row in read_rows(str(tiny / f"{name}.jsonl"))}
     for row in read_rows(str(tiny / "test_entities.jsonl")):
         if row["task"] in prepare.FACTS or row["input"]:
-            assert asks_about(row)[0] & prepare.HELD_ENTITIES.get(row["task"], prepare.HELD_WORDS), row
+            assert asks_about(row) & prepare.HELD_ENTITIES.get(row["task"], prepare.HELD_WORDS), row
+
+    assert all(held_phrasing(row) for row in read_rows(str(tiny / "test_phrasings.jsonl")))
 
 
 def test_the_words_of_held_out_phrasings_occur_in_the_corpus(tiny):
@@ -163,7 +201,7 @@ def test_targets_are_the_response_and_its_end_and_the_instruction_is_the_rest(to
     (example,) = encode(
         [{"instruction": "what is the plural of mouse ?", "input": "", "output": "mice"}], tokenizer, 64
     )
-    idx, targets, instr = collate([example])
+    idx, targets, instr = collate([example], 64)
     text = [tokenizer.decode([i]) for i in targets[0][targets[0] >= 0].tolist()]
     assert text == [" mice", "<|endoftext|>"]
     first = (targets[0] >= 0).nonzero()[0].item()
@@ -181,11 +219,11 @@ def test_a_row_that_does_not_fit_is_named(tokenizer):
 
 def test_a_batch_is_a_pure_function_of_seed_and_step():
     examples = [([i] * (1 + i % 7), [i]) for i in range(1, 90)]
-    a, b = Batches(examples, 8, seed=3), Batches(examples, 8, seed=3)
+    a, b = Batches(examples, 8, 3, 64), Batches(examples, 8, 3, 64)
     in_order = [a.batch(i) for i in range(30)]
     for i in (29, 0, 15, 7, 28):  # out of order, across epochs
         assert all(torch.equal(x, y) for x, y in zip(b.batch(i), in_order[i]))
-    assert not torch.equal(Batches(examples, 8, seed=4).batch(0)[0], in_order[0][0])
+    assert not torch.equal(Batches(examples, 8, 4, 64).batch(0)[0], in_order[0][0])
     seen = [int(x) for i in range(11) for x in in_order[i][0][:, 0]]  # 11 batches of 8: an epoch, each row once at most
     assert len(set(seen)) == len(seen) == 88
 
@@ -204,21 +242,57 @@ def test_e2e_s_folder_is_split_by_meaning_and_keeps_its_test_file():
     assert not {row["input"] for row in rows["train"]} & {row["input"] for row in rows["val"]}
 
 
-def test_json_and_csv_files_are_read_and_what_is_not_rows_is_refused(tmp_path):
+def test_json_and_csv_files_are_read_alike(tmp_path):
     rows = [{"instruction": f"say {i}", "input": "", "output": str(i)} for i in range(30)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as f:
         csv.DictWriter(f, rows[0]).writeheader()
         csv.DictWriter(f, rows[0]).writerows(rows)
     assert load(str(tmp_path / "a.json")) == load(str(tmp_path / "a.csv"))
-    (tmp_path / "b.jsonl").write_text('{"question": "?"}\n')
-    with pytest.raises(ValueError, match="b.jsonl, row 1: it has question; it needs instruction and output"):
-        load(str(tmp_path / "b.jsonl"))
-    (tmp_path / "c.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="c.jsonl has no rows"):
-        load(str(tmp_path / "c.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("a.jsonl", '{"question": "?"}\n', "row 1: it has question; it needs instruction and output"),
+        ("a.jsonl", '{"instruction": "?", "output": "x"}\n[1]\n', "row 2: it has .1.; it needs"),
+        ("a.jsonl", '{"instruction": "?", "output": 3}\n', "row 1: output is 3, and should be text"),
+        ("a.jsonl", '{"instruction": null, "output": "x"}\n', "row 1: instruction is None, and should be text"),
+        ("a.jsonl", "{", "a.jsonl cannot be read"),
+        ("a.jsonl", b"\xff\xfe", "a.jsonl cannot be read"),
+        ("a.jsonl", "\n", "a.jsonl has no rows"),
+        ("a.json", '{"instruction": "?"}', "a.json has no rows"),
+        ("a.csv", "instruction,output\nx\n", "row 1: output is None"),
+        ("a.csv", "instruction,output\nx," + "y" * 200_000 + "\n", "a.csv cannot be read"),
+        ("a.json", '[{"instruction": "?", "output": "x"}]', "too few different instructions"),
+    ],
+)
+def test_what_is_not_rows_is_refused_with_its_file(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=says):
+        load(str(tmp_path / name))
+
+
+def test_a_folder_without_data_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no data at"):
         load(str(tmp_path / "none"))
-    os.mkdir(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="no train.jsonl"):
-        load(str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match="no data in .*: no train.jsonl"):
+        load(str(tmp_path))
+
+
+def test_rows_are_never_padded_beyond_what_the_model_takes():
+    assert collate([([1] * 20, [2] * 5)], 64)[0].shape == (1, 32)
+    assert collate([([1] * 20, [2] * 5)], 30)[0].shape == (1, 30)
+
+
+def test_fewer_rows_than_a_batch_are_all_of_it():
+    idx, _, _ = Batches([([1, 2], [3]), ([4], [5])], 8, 0, 64).batch(5)
+    assert len(idx) == 2
+
+
+def test_a_text_without_beginning_still_begins():
+    """GPT-2 has no token that begins a text: an empty prompt is then the end of another text."""
+    tokenizer = Tokenizer(
+        tiktoken.Encoding("x", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={"e": 1}), end=1
+    )
+    assert tokenizer.prompt("") == [1] and tokenizer.prompt("a") == [0]

@@ -28,7 +28,7 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Answer)
         self.files, self.trouble, self.asked, self.status = files, {}, [], {}
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def listing(self):
         siblings = []

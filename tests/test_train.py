@@ -2,6 +2,7 @@
 wrong.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -16,23 +17,10 @@ from conftest import ROOT, shared
 import sample
 import train
 from baselines import load_tuner
-from data import encode, load, prepare
+from data import encode, load, prepare, run
 from model import generate
 
-SMALL = [
-    "--steps",
-    "6",
-    "--eval-every",
-    "3",
-    "--batch-size",
-    "8",
-    "--val-rows",
-    "16",
-    "--test-rows",
-    "8",
-    "--device",
-    "cpu",
-]
+SMALL = "--steps 6 --eval-every 3 --batch-size 8 --val-rows 16 --test-rows 8 --device cpu".split()
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +35,23 @@ def rows(tmp_path_factory):
 def trained(rows, tmp_path_factory):
     """A run of 60 steps."""
     out = str(tmp_path_factory.mktemp("run") / "iapt")
-    train.main([*SMALL, "--steps", "60", "--eval-every", "30", "--batch-size", "32", "--data", rows, "--out", out])
+    train.main(
+        [
+            *SMALL,
+            "--steps",
+            "60",
+            "--eval-every",
+            "30",
+            "--batch-size",
+            "32",
+            "--val-rows",
+            "64",
+            "--data",
+            rows,
+            "--out",
+            out,
+        ]
+    )
     return out
 
 
@@ -155,41 +159,112 @@ def test_e2e_runs_on_the_real_model(tmp_path):
 
 
 def cli(script, *args):
-    done = subprocess.run(
-        [sys.executable, os.path.join(ROOT, script), *args],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-    )
-    return done.returncode, done.stdout + done.stderr
+    """Exit status and output of a command, run in this process."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            run(lambda: script.main([*args]))
+            status = 0
+        except SystemExit as e:
+            status = e.code if isinstance(e.code, int) else 1
+            print("" if isinstance(e.code, int) else e.code)
+    return status, out.getvalue()
 
 
 @pytest.mark.parametrize(
     "script, args, says",
     [
-        ("train.py", ["--method", "foo"], "no method 'foo'. There are: iapt, static, lora, full, mine"),
-        ("train.py", ["-o", "p=4"], "iapt has no option 'p'. It has: P=4, m=0, share=1"),
-        ("train.py", ["-o", "P=four"], "option P takes a number, got 'four'"),
-        ("train.py", ["-o", "P=0"], "P=0"),
-        ("train.py", ["-o", "space=air"], "space can be kv, hidden; got 'air'"),
-        ("train.py", ["-o", "static=maybe"], "static takes 0 or 1, got 'maybe'"),
-        ("train.py", ["--init", "nowhere"], "no model at nowhere"),
-        ("train.py", ["--data", "nowhere"], "no data at nowhere"),
-        ("train.py", ["--init", "tests"], "no tests/config.json"),
-        ("train.py", ["--block-size", "8"], "the model takes 8"),
-        ("train.py", ["--resume", "--out", "nowhere"], "there is no run at nowhere"),
-        ("train.py", ["--steps", "0"], "--steps must be at least 1, got 0"),
-        ("sample.py", ["nowhere.pt", "x"], "no checkpoint at nowhere.pt. Run: python train.py"),
-        ("sample.py", ["README.md", "x"], "README.md is not a checkpoint"),
+        (train, ["--method", "foo"], "no method 'foo'. There are: iapt, static"),
+        (train, ["-o", "p=4"], "iapt has no option 'p'. It has: P=4, m=0, share=1"),
+        (train, ["-o", "P=four"], "option P takes a number, got 'four'"),
+        (train, ["-o", "P=0"], "P=0"),
+        (train, ["-o", "space=air"], "space can be kv, hidden; got 'air'"),
+        (train, ["-o", "static=maybe"], "static takes 0 or 1, got 'maybe'"),
+        (train, ["--init", "nowhere"], "no model at nowhere"),
+        (train, ["--data", "nowhere"], "no data at nowhere"),
+        (train, ["--init", "tests"], "no tests/config.json"),
+        (train, ["--block-size", "8"], "the model takes 8"),
+        (train, ["--resume", "--out", "nowhere"], "there is no run at nowhere"),
+        (train, ["--steps", "0"], "--steps must be at least 1, got 0"),
+        (train, ["--lr", "-1"], "--lr must be above 0, got -1.0"),
+        (train, ["--val-rows", "-1"], "--val-rows must be at least 0, got -1"),
+        (train, ["--device", "foo"], "--device foo: there is no such device"),
+        (train, ["--out", "README.md"], "--out README.md is a file"),
+        (train, ["--method", "lora", "-o", "r=0"], "lora wants r >= 1"),
+        (train, ["--init", "scratch"], "add --method full"),
+        (train, ["--init", "scratch", "--method", "full", "-o", "n_head=3"], "n_embd"),
+        (sample, ["nowhere.pt", "x"], "no checkpoint at nowhere.pt. Run: python train.py"),
+        (sample, ["README.md", "x"], "README.md is not a checkpoint"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(script, args, says, tmp_path):
-    out = [] if script == "sample.py" or "--out" in args else ["--out", str(tmp_path / "x")]
-    status, text = cli(script, *args, *out, *(["--device", "cpu"]))
+    out = [] if script is sample or "--out" in args else ["--out", str(tmp_path / "x")]
+    status, text = cli(script, *(SMALL if script is train else []), *out, *args)
     assert status in (1, 2) and says in text and "Traceback" not in text
     assert text.strip().splitlines()[-1].count("error: ") == 1
     assert not (tmp_path / "x").exists()  # nothing half-written
+
+
+def test_a_command_that_fails_prints_one_line_and_exits_with_1():
+    command = [sys.executable, os.path.join(ROOT, "train.py"), "--method", "foo", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: no method 'foo'. There are: iapt, static, lora, full, mine\n"
+
+
+def test_an_over_long_question_is_one_line(trained):
+    status, text = cli(sample, trained, "word " * 300, "--device", "cpu")
+    assert status == 1 and "this model has room for 256" in text and "Traceback" not in text
+
+
+def test_all_frozen_weights_are_the_same_after_a_run(rows, tmp_path, monkeypatch):
+    models, real = [], train.open_model
+    monkeypatch.setattr(train, "open_model", lambda *args: models.append(real(*args)) or models[-1])
+    train.main([*SMALL, "--data", rows, "--out", str(tmp_path / "x")])
+    fresh = real("tiny")[0].state_dict()
+    assert all(torch.equal(x, fresh[name]) for name, x in models[0][0].state_dict().items())
+
+
+def test_force_leaves_nothing_of_the_run_before(rows, tmp_path, monkeypatch):
+    out = str(tmp_path / "x")
+    train.main([*SMALL, "--data", rows, "--out", out])
+    monkeypatch.setattr(train, "schedule", lambda step, steps: float("nan"))
+    with pytest.raises(ValueError, match="nothing had been saved yet"):
+        train.main([*SMALL, "--data", rows, "--out", out, "--force"])
+
+
+def test_a_log_line_that_was_not_finished_does_not_keep_a_run_from_going_on(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 3}\n{"step": 6}\n{"step": 9, "lo')
+    train.keep_lines(log, 3)
+    assert log.read_text() == '{"step": 3}\n'
+
+
+def test_bf16_weights_train_an_fp32_method(rows, tmp_path):
+    out = str(tmp_path / "x")
+    train.main([*SMALL, "--data", rows, "--out", out, "--dtype", "bf16"])
+    assert {x.dtype for x in tensors(out).values()} == {torch.float32}
+    with pytest.raises(ValueError, match="dtype was 'torch.bfloat16'"):
+        train.main([*SMALL, "--data", rows, "--out", out, "--dtype", "fp32", "--resume"])
+
+
+def test_full_fine_tuning_is_in_fp32_whatever_was_frozen(rows, tmp_path):
+    out = str(tmp_path / "x")
+    train.main([*SMALL, "--data", rows, "--out", out, "--dtype", "bf16", "--method", "full"])
+    assert {x.dtype for x in tensors(out).values()} == {torch.float32}
+
+
+def test_plain_text_rows_train_too(rows, tmp_path):
+    """Rows with `prompt` in place of `instruction`, on a frozen model: nothing to ask at the end, and no error."""
+    train.main([*SMALL, "--data", os.path.join(rows, "pretrain"), "--out", str(tmp_path / "x")])
+
+
+def test_the_frozen_model_alone_and_an_input_can_be_asked_for(trained, capsys):
+    ask = ["tell me the reverse of these words .", "--input", "cat sun", "--device", "cpu"]
+    sample.main([trained, *ask, "--frozen"])
+    frozen = capsys.readouterr().out
+    sample.main([trained, *ask])
+    assert capsys.readouterr().out != frozen and frozen.count("\n") == 1
 
 
 def test_a_finished_run_is_not_overwritten_unasked(trained, rows):
@@ -198,7 +273,7 @@ def test_a_finished_run_is_not_overwritten_unasked(trained, rows):
 
 
 def test_resuming_with_other_settings_is_refused(trained, rows):
-    with pytest.raises(ValueError, match="lr was 0.01"):
+    with pytest.raises(ValueError, match="batch_size was 32|lr was 0.01"):
         train.main(
             [
                 *SMALL,

@@ -1,0 +1,207 @@
+"""Broken and hostile files: each loads correctly or is refused in one line, and nothing is allocated on its word.
+
+Seeded: IAPT_FUZZ=20 runs twenty times as many.
+"""
+
+import base64
+import copy
+import json
+import math
+import os
+import random
+import shutil
+import struct
+
+import pytest
+import torch
+from parity import FOLDER
+
+import weights
+from data import END, Tokenizer, gpt2_chars
+from model import Decoder
+
+TIMES = int(os.environ.get("IAPT_FUZZ", "1"))
+ODD = [None, True, -1, 0, 1, 2**31, 2**63, 10**400, 0.5, -1e9, float("nan"), "", "x", "F32", "F8_E4M3", [], {}, [[[]]]]
+
+
+def refused_or(load):
+    """What `load` returns; None if it is refused as it should be: an error of ours, in one line of some length."""
+    try:
+        return load()
+    except (ValueError, OSError) as e:
+        text = str(e)
+        assert text and len(text) < 600 and "\n" not in text.strip(), text
+        return None
+
+
+@pytest.fixture
+def allocated(monkeypatch):
+    """Bytes of the largest tensor that reading a file asked for."""
+    real, largest = weights.read_tensor, [0]
+
+    def read_tensor(path, dtype, shape, start):
+        largest[0] = max(largest[0], math.prod(shape) * dtype.itemsize)
+        return real(path, dtype, shape, start)
+
+    monkeypatch.setattr(weights, "read_tensor", read_tensor)
+    return largest
+
+
+def mutated(rng, value):
+    """A JSON value with one thing changed somewhere in it."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        how = rng.random()
+        if how < 0.1:
+            return {k: v for k, v in value.items() if k != key}
+        if how < 0.2:
+            return {(rng.choice(["", "x", "__metadata__", "../x"]) if k == key else k): v for k, v in value.items()}
+        return {**value, key: mutated(rng, value[key])}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        i = rng.randrange(len(value))
+        return value[:i] + [mutated(rng, value[i])] * rng.choice([0, 1, 1, 1, 2]) + value[i + 1 :]
+    if type(value) is int and rng.random() < 0.5:
+        return value + rng.choice([-1000, -4, -1, 1, 4, 1000])
+    return rng.choice(ODD)
+
+
+def safetensors(rng, header, body):
+    """A mutated safetensors file, as bytes."""
+    how = rng.randrange(10)
+    if how < 4:
+        header = mutated(rng, header)
+    text = json.dumps(header).encode()
+    if how == 4:  # a name twice
+        name, entry = rng.choice([item for item in header.items() if item[0] != "__metadata__"])
+        text = text[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}".encode()
+    if how == 5:  # bytes of the header
+        text = bytearray(text)
+        for _ in range(rng.randint(1, 4)):
+            text[rng.randrange(len(text))] = rng.randrange(256)
+    if how == 6:  # a deep header, an odd one, none
+        text = rng.choice([b"[" * 100_000, b'{"a":' * 50_000, b"", b"null", b"[]", b"3", b'"x"', b"{}", b"\xff\xfe{}"])
+    n = len(text) if how != 7 else rng.choice([0, 1, len(text) - 1, len(text) + 1, 2**31, 2**40, 2**64 - 1])
+    data = struct.pack("<Q", n) + bytes(text) + body
+    if how == 8:
+        data = data[: rng.randrange(len(data))]
+    if how == 9:
+        data += bytes(rng.randint(1, 64))
+    return data
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied"])
+def test_mutated_safetensors_files(name, tmp_path, allocated):
+    shutil.copytree(os.path.join(FOLDER, name), tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    whole = path.read_bytes()
+    n = struct.unpack("<Q", whole[:8])[0]
+    header, body = json.loads(whole[8 : 8 + n]), whole[8 + n :]
+    rng, read = random.Random(name), 0
+    for _ in range(2500 * TIMES):
+        data = safetensors(rng, header, body)
+        path.write_bytes(data)
+        tensors = refused_or(lambda: weights.read_safetensors(path))
+        if tensors is not None:
+            read += 1
+            for x in tensors.values():
+                x.read()
+            model = refused_or(lambda: weights.load(tmp_path / "m"))
+            assert model is None or isinstance(model, Decoder)
+    assert allocated[0] <= len(whole) and 0 < read < 2000 * TIMES
+
+
+def test_flipped_bytes_of_a_body_are_read_as_they_are(tmp_path):
+    shutil.copytree(os.path.join(FOLDER, "llama"), tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    assert weights.fingerprint(weights.load(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-llama3", "llama-llama3-old"])
+def test_mutated_configs(name, tmp_path, allocated):
+    shutil.copytree(os.path.join(FOLDER, name), tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    config, rng, loaded = json.loads(path.read_text()), random.Random(name), 0
+    idx = torch.zeros(1, 3, dtype=torch.long)
+    for _ in range(300 * TIMES):
+        path.write_text(json.dumps(mutated(rng, config)))
+        model = refused_or(lambda: weights.load(tmp_path / "m"))
+        if model is not None:
+            loaded += 1
+            assert model(idx).shape == (1, 3, 24)  # what loads, runs
+    assert allocated[0] < 10_000 and 0 < loaded < 300 * TIMES
+
+
+def test_mutated_indexes(tmp_path):
+    shutil.copytree(os.path.join(FOLDER, "llama-shards"), tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors.index.json"
+    index, rng = json.loads(path.read_text()), random.Random(0)
+    for _ in range(300 * TIMES):
+        path.write_text(json.dumps(mutated(rng, index)))
+        refused_or(lambda: weights.load(tmp_path / "m"))
+    path.write_text(json.dumps({"weight_map": {"x": "../../secret"}}))
+    with pytest.raises(ValueError, match="no weight_map of tensor names and files beside it"):
+        weights.load(tmp_path / "m")
+
+
+def small_vocab():
+    chars = gpt2_chars()
+    vocab = {chars[b]: b for b in range(256)}
+    for token in ("Ġa", "th", "the", "Ġthe"):
+        vocab[token] = len(vocab)
+    return {**vocab, END: len(vocab)}
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "words.json", "tokenizer.json"])
+def test_mutated_vocabularies(file, tmp_path):
+    """What loads encodes and decodes any text: tiktoken must not panic later, at a byte that it does not know."""
+    content = {"vocab.json": small_vocab(), "words.json": [" a", " the", " lima"]}.get(file)
+    if file == "tokenizer.json":
+        tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
+        hub = tokenizers.Tokenizer(tokenizers.models.BPE(small_vocab(), [("t", "h")], byte_fallback=True))
+        content = json.loads(hub.to_str())
+        (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    rng, text = random.Random(file), "the a ñ\x00 日本"
+    loaded = 0
+    for _ in range(300 * TIMES):
+        (tmp_path / file).write_text(json.dumps(mutated(rng, copy.deepcopy(content))))
+        tokenizer = refused_or(lambda: Tokenizer.load(tmp_path))
+        if tokenizer is not None:
+            loaded += 1
+            tokenizer.decode(tokenizer.encode(text))
+    assert 0 < loaded < 300 * TIMES
+
+
+def test_mutated_tiktoken_files(tmp_path):
+    lines = [base64.b64encode(bytes([b])).decode() + f" {b}" for b in range(256)] + ["dGg= 256", "dGhl 257"]
+    (tmp_path / "tokenizer.model").write_text("\n".join(lines) + "\n")
+    assert Tokenizer.load(tmp_path).encode("the") == [257]
+    rng = random.Random(0)
+    for _ in range(300 * TIMES):
+        data = bytearray("\n".join(lines).encode())
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(len(data))] = rng.choice(b"0123456789 =Aaz\n\x00\xff")
+        (tmp_path / "tokenizer.model").write_bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
+        tokenizer = refused_or(lambda: Tokenizer.load(tmp_path))
+        if tokenizer is not None:
+            assert tokenizer.decode(tokenizer.encode("the ñ")) == "the ñ"
+
+
+def test_a_pickle_that_runs_code_does_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "went off"),)
+
+    shutil.copytree(os.path.join(FOLDER, "gpt2-bin"), tmp_path / "m")
+    path = tmp_path / "m" / "pytorch_model.bin"
+    for old in (False, True):
+        torch.save({"transformer.wte.weight": Bomb()}, path, _use_new_zipfile_serialization=not old)
+        with pytest.raises(ValueError, match="not a file of tensors alone"):
+            weights.load(tmp_path / "m")
+    whole = open(os.path.join(FOLDER, "gpt2-bin", "pytorch_model.bin"), "rb").read()
+    for n in range(0, len(whole), len(whole) // 40):
+        path.write_bytes(whole[:n])
+        assert refused_or(lambda: weights.load(tmp_path / "m")) is None
+    assert not (tmp_path / "went off").exists()
