@@ -14,6 +14,7 @@ time, so loading takes little more memory than the model.
 import hashlib
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Callable
@@ -73,28 +74,28 @@ def load(folder, dtype=torch.float32, device="cpu"):
         model = Decoder(config)
     ours = {name: x.shape for name, x in model.state_dict().items()}
 
-    def take(name, shape, turned=False):
+    def take(name, modules, part, turned=False):
+        """Copy one of their tensors into one or several of ours."""
+        shapes = [ours[f"{m}.{part}"] for m in modules]
+        shape = torch.Size([sum(shape[0] for shape in shapes), *shapes[0][1:]])
         if name not in theirs:
             raise ValueError(f"{folder} lacks {name}")
         x = theirs.pop(name)
         if x.shape != (shape[::-1] if turned else shape):
             raise ValueError(f"{folder}: {name} has shape {tuple(x.shape)}, the config wants {tuple(shape)}")
-        x = x.read().to(device, dtype)
-        return x.T if turned else x
+        x = x.read().T if turned else x.read()
+        for m, chunk in zip(modules, x.split([shape[0] for shape in shapes])):
+            filled[f"{m}.{part}"] = torch.empty(chunk.shape, dtype=dtype, device=device).copy_(chunk)
 
-    embedding = next(rows(config))[0] + ".weight"
+    filled, embedding = {}, next(rows(config))[0] + ".weight"
     if config.tied and "lm_head.weight" in theirs:  # a tied table may be stored under either name, or both
         theirs.setdefault(embedding, theirs.pop("lm_head.weight"))
-        theirs.pop("lm_head.weight", None)
-    filled = {} if config.tied else {"head.weight": take("lm_head.weight", ours["head.weight"])}
     for name, modules, conv in rows(config):
         for part in ("weight", "bias"):
-            shapes = [ours[f"{m}.{part}"] for m in modules if f"{m}.{part}" in ours]
-            if shapes:
-                sizes = [shape[0] for shape in shapes]
-                x = take(f"{name}.{part}", torch.Size([sum(sizes), *shapes[0][1:]]), conv and part == "weight")
-                for m, chunk in zip(modules, x.split(sizes)):
-                    filled[f"{m}.{part}"] = chunk.clone(memory_format=torch.contiguous_format) if conv else chunk
+            if f"{modules[0]}.{part}" in ours:
+                take(f"{name}.{part}", modules, part, conv and part == "weight")
+    if not config.tied:
+        take("lm_head.weight", ["head"], "weight")
     if theirs:
         some = sorted(theirs)[0]
         raise ValueError(f"{folder} has {len(theirs)} tensors that this model has no place for, such as {some}")
@@ -293,12 +294,14 @@ def unique(pairs):
 
 
 def read_tensor(path, dtype, shape, start):
-    x = torch.empty(shape, dtype=dtype)
+    """A tensor over its bytes in the file, memory-mapped: they take memory only while it lives."""
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
     with open(path, "rb") as f:
-        f.seek(start)
-        if f.readinto(x.view(-1).view(torch.uint8).numpy()) != x.numel() * dtype.itemsize:
-            raise ValueError(f"{path} was cut off while we read it")
-    return x
+        page = start % mmap.ALLOCATIONGRANULARITY  # a mapping starts at a whole page
+        data = mmap.mmap(f.fileno(), page + count * dtype.itemsize, offset=start - page, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=page).view(shape)
 
 
 def write_safetensors(path, tensors):
