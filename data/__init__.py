@@ -105,6 +105,9 @@ class Tokenizer:
             return cls(encoding, encoding.encode_single_token(LLAMA3_END), encoding.encode_single_token(LLAMA3_BEGIN))
         if whole:
             return cls.of_hub(whole, os.path.join(folder, "config.json"))
+        config = path("config.json")
+        if config and read_json(config).get("model_type") == "gpt2":
+            return cls.of_tiktoken("gpt2", folder)
         if ranks:
             raise ValueError(f"{ranks} is a SentencePiece model: we read the tokenizer.json that its hub page has, too")
         raise FileNotFoundError(f"no tokenizer in {folder}: it needs vocab.json, tokenizer.json or tokenizer.model")
@@ -133,6 +136,16 @@ class Tokenizer:
             return cls(encoding_of("gpt2", GPT2, ranks, {END: vocab[END]}), vocab[END])
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{path} is not a vocabulary of GPT-2's kind ({type(e).__name__}: {e})") from None
+
+    @classmethod
+    def of_tiktoken(cls, name, folder):
+        """An encoding that tiktoken downloads, or has in TIKTOKEN_CACHE_DIR."""
+        try:
+            encoding = tiktoken.get_encoding(name)
+        except OSError as e:
+            why = f"tiktoken could not download it ({type(e).__name__})"
+            raise FileNotFoundError(f"no vocab.json in {folder}, and {why}: put {name}'s vocab.json there") from None
+        return cls(encoding, encoding.eot_token)
 
     @classmethod
     def of_hub(cls, path, config):

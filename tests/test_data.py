@@ -15,11 +15,13 @@ from conftest import ROOT, shared
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from data import (
+    END,
     GPT2,
     WORDS,
     Batches,
     Tokenizer,
     collate,
+    cuts_like_gpt2,
     encode,
     gpt2_chars,
     load,
@@ -195,6 +197,49 @@ def test_gpt2_s_tokens_from_a_vocab_json_are_tiktoken_s_own(monkeypatch):
     )
     assert ours.decode(ours.encode(text)) == text
     assert len(set(gpt2_chars().values())) == 256
+
+
+def test_gpt2_and_llama_3_encode_as_published():
+    """As the documentation of GPT2Tokenizer has it, and OpenAI's cookbook, with whose ranks Llama 3's begin."""
+    gpt2, llama3 = (Tokenizer.load(shared("tokenizers", name)) for name in ("gpt2", "llama3"))
+    assert gpt2.encode("Hello world") == [15496, 995] and gpt2.encode(" Hello world") == [18435, 995]
+    assert gpt2.end == 50256 and gpt2.begin is None and gpt2.vocab_size == 50257
+    assert llama3.encode("2 + 2 = 4") == [17, 489, 220, 17, 284, 220, 19]
+    assert (llama3.begin, llama3.end, llama3.vocab_size) == (128000, 128001, 128256)
+    assert llama3.prompt("hello world") == [128000, 15339, 1917]
+    assert llama3.encode("<|begin_of_text|>")[0] != 128000  # in a user's text it is text
+
+
+def test_a_gpt2_folder_without_a_vocabulary_takes_tiktoken_s(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    asked = []
+    encoding = tiktoken.Encoding("gpt2", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={END: 1})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: asked.append(name) or encoding)
+    assert Tokenizer.load(tmp_path).end == 1 and asked == ["gpt2"]
+
+    def offline(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(FileNotFoundError, match="tiktoken could not download it .* put gpt2's vocab.json there"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_vocab_json_of_a_model_that_cuts_text_otherwise_is_not_taken_for_gpt2_s(tmp_path):
+    """SmolLM, say, has GPT-2's files and splits digits: its tokenizer.json says so."""
+    (tmp_path / "tokenizer.json").write_text('{"pre_tokenizer": {"type": "Sequence"}}')
+    assert not cuts_like_gpt2(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text('{"pre_tokenizer": {"type": "ByteLevel"}}')
+    assert cuts_like_gpt2(tmp_path / "tokenizer.json")
+
+
+def test_a_response_continues_a_prompt_in_sentencepiece_s_tokens_too():
+    """Its tokenizers put a space before every text: " lima" after "Response:" must not get two."""
+    pytest.importorskip("tokenizers", reason="pip install tokenizers")
+    tokenizer = Tokenizer.load(shared("checkpoints", "tinystories-656k-llama"))
+    text = "Response:\n She was happy"
+    assert tokenizer.encode("Response:\n") + tokenizer.encode(" She was happy") == tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(" She was happy")) == "She was happy"
 
 
 def test_targets_are_the_response_and_its_end_and_the_instruction_is_the_rest(tokenizer):

@@ -144,17 +144,10 @@ def test_a_real_gpt2_says_what_it_should():
 
 
 def test_a_real_llama_says_what_it_should():
-    """Its tokenizer needs a package that we do not; the ids of "Once upon a time, there was a little girl" and of what
-    follows do.
-    """
     folder = shared("checkpoints", "tinystories-656k-llama")
-    tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
-    tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
-    ids = tokenizer.encode("Once upon a time, there was a little girl", add_special_tokens=False).ids
-    (new,) = generate(weights.load(folder), [[1, *ids]], max_new=24, stop=2)
-    wanted = ". She was three years old. She loved to explore and explore her house."
-    assert (
-        tokenizer.decode(ids + new)
-        .replace(" ", "")
-        .startswith(("Once upon a time, there was a little girl" + wanted).replace(" ", ""))
-    )
+    pytest.importorskip("tokenizers", reason="pip install tokenizers")
+    tokenizer = Tokenizer.load(folder)
+    prompt = tokenizer.prompt("Once upon a time, there was a little girl")
+    assert prompt[0] == tokenizer.begin == 1 and tokenizer.end == 2
+    (new,) = generate(weights.load(folder), [prompt], max_new=24, stop=tokenizer.end)
+    assert tokenizer.decode(new).startswith(". She was three years old. She loved to explore and explore her house.")
