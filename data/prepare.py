@@ -109,94 +109,50 @@ def table(text, column=-1):
     return {" ".join(row[:-1]) if column == -1 else row[0]: row[column] for row in rows}
 
 
-FACTS = {  # task: (pairs, what an {x} is called when it stands in `input`, cores)
-    "capital": (
-        table(COUNTRIES, 1),
-        "this country",
-        ["the capital of {x}", "the capital city of {x}", "the chief city of {x}", "the seat of government of {x}"],
-    ),
-    "continent": (
-        table(COUNTRIES, 2),
-        "this country",
-        [
-            "the continent of {x}",
-            "the continent that holds {x}",
-            "the part of the world that holds {x}",
-            "the continent where {x} lies",
-        ],
-    ),
-    "french": (
-        table(TRANSLATIONS, 1),
-        "this word",
-        ["the french word for {x}", "the french for {x}", "{x} in french", "the french name of {x}"],
-    ),
-    "spanish": (
-        table(TRANSLATIONS, 2),
-        "this word",
-        ["the spanish word for {x}", "the spanish for {x}", "{x} in spanish", "the spanish name of {x}"],
-    ),
-    "opposite": (
-        table(OPPOSITES),
-        "this word",
-        ["the opposite of {x}", "the antonym of {x}", "the contrary of {x}", "the word most unlike {x}"],
-    ),
-    "past": (
-        table(PASTS),
-        "this verb",
-        ["the past tense of {x}", "the past form of {x}", "{x} in the past tense", "the past of {x}"],
-    ),
-    "plural": (
-        table(PLURALS),
-        "this noun",
-        ["the plural of {x}", "the plural form of {x}", "{x} in the plural", "the word for more than one {x}"],
-    ),
-    "colour": (
-        table(COLOURS),
-        "this thing",
-        ["the colour of {x}", "the usual colour of {x}", "the natural colour of {x}", "the colour that {x} has"],
-    ),
-    "young": (
-        table(YOUNG),
-        "this animal",
-        ["the young of {x}", "the baby of {x}", "the child of {x}", "the offspring of {x}"],
-    ),
-    "comparative": (
-        table(COMPARATIVES),
-        "this word",
-        ["the comparative of {x}", "the comparative form of {x}", "{x} in the comparative", "the word for more {x}"],
-    ),
-}
+def cores(text):
+    return [core.strip() for core in text.split("/")]
 
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six"]
+
+FACTS = {  # task: (pairs, what an {x} is called when it stands in `input`, cores)
+    "capital": (table(COUNTRIES, 1), "this country", cores(
+        "the capital of {x} / the capital city of {x} / the chief city of {x} / the seat of government of {x}")),
+    "continent": (table(COUNTRIES, 2), "this country", cores(
+        "the continent of {x} / the continent that holds {x} / the part of the world that holds {x}"
+        "/ the continent where {x} lies")),
+    "french": (table(TRANSLATIONS, 1), "this word", cores(
+        "the french word for {x} / the french for {x} / {x} in french / the french name of {x}")),
+    "spanish": (table(TRANSLATIONS, 2), "this word", cores(
+        "the spanish word for {x} / the spanish for {x} / {x} in spanish / the spanish name of {x}")),
+    "opposite": (table(OPPOSITES), "this word", cores(
+        "the opposite of {x} / the antonym of {x} / the contrary of {x} / the word most unlike {x}")),
+    "past": (table(PASTS), "this verb", cores(
+        "the past tense of {x} / the past form of {x} / {x} in the past tense / the past of {x}")),
+    "plural": (table(PLURALS), "this noun", cores(
+        "the plural of {x} / the plural form of {x} / {x} in the plural / the word for more than one {x}")),
+    "colour": (table(COLOURS), "this thing", cores(
+        "the colour of {x} / the usual colour of {x} / the natural colour of {x} / the colour that {x} has")),
+    "young": (table(YOUNG), "this animal", cores(
+        "the young of {x} / the baby of {x} / the child of {x} / the offspring of {x}")),
+    "comparative": (table(COMPARATIVES), "this word", cores(
+        "the comparative of {x} / the comparative form of {x} / {x} in the comparative / the word for more {x}")),
+}  # fmt: skip
+
+NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 
 SKILLS = {  # task: (what it does to a list of words, cores)
-    "reverse": (
-        lambda w: w[::-1],
-        ["the reverse of {x}", "{x} in reverse order", "{x} backwards", "{x} from back to front"],
-    ),
-    "first": (
-        lambda w: w[:1],
-        ["the first word of {x}", "the first word in {x}", "the word at the start of {x}", "the word that begins {x}"],
-    ),
-    "second": (
-        lambda w: w[1:2],
-        [
-            "the second word of {x}",
-            "the second word in {x}",
-            "word number two of {x}",
-            "the word after the first in {x}",
-        ],
-    ),
-    "last": (
-        lambda w: w[-1:],
-        ["the last word of {x}", "the last word in {x}", "the word at the end of {x}", "the word that ends {x}"],
-    ),
-    "copy": (lambda w: w, ["a copy of {x}", "the same words as {x}", "{x} again", "{x} once more"]),
-    "count": (
-        lambda w: [NUMBERS[len(w)]],
-        ["the number of words in {x}", "the word count of {x}", "the size of {x}", "the length of {x}"],
-    ),
-}
+    "reverse": (lambda w: w[::-1], cores(
+        "the reverse of {x} / {x} in reverse order / {x} backwards / {x} from back to front")),
+    "first": (lambda w: w[:1], cores(
+        "the first word of {x} / the first word in {x} / the word at the start of {x} / the word that begins {x}")),
+    "second": (lambda w: w[1:2], cores(
+        "the second word of {x} / the second word in {x} / word number two of {x} / the word after the first in {x}")),
+    "last": (lambda w: w[-1:], cores(
+        "the last word of {x} / the last word in {x} / the word at the end of {x} / the word that ends {x}")),
+    "copy": (lambda w: w, cores(
+        "a copy of {x} / the same words as {x} / {x} again / {x} once more")),
+    "count": (lambda w: [NUMBERS[len(w)]], cores(
+        "the number of words in {x} / the word count of {x} / the size of {x} / the length of {x}")),
+}  # fmt: skip
 
 OPENERS = ["what is {c} ?", "tell me {c} .", "name {c} .", "give me {c} .", "say {c} .", "please write {c} .",
            "i want to know {c} .", "can you tell me {c} ?", "do you know {c} ?", "{c} ?", "please find {c} .",
@@ -230,30 +186,28 @@ def ask(rng, core, x, noun, openers, task, answer):
 
 
 def fact_row(rng, task, held_entity=False, held_phrasing=False):
-    pairs, noun, cores = FACTS[task]
+    pairs, noun, forms = FACTS[task]
     x = rng.choice(sorted(x for x in pairs if (x in HELD_ENTITIES[task]) == held_entity))
-    return ask(rng, *phrasing(rng, cores, held_phrasing, x, noun), task, pairs[x])
+    return ask(rng, *phrasing(rng, forms, held_phrasing, x, noun), task, pairs[x])
 
 
 def skill_row(rng, task, held_entity=False, held_phrasing=False):
-    do, cores = SKILLS[task]
+    do, forms = SKILLS[task]
     known = sorted(set(LIST_WORDS) - HELD_WORDS)
     w = words(rng, known)
     if held_entity:  # at least one word that no training list has, anywhere in the list
         new = rng.sample(sorted(HELD_WORDS), rng.randint(1, len(w)))
         w = rng.sample(new + rng.sample(known, len(w) - len(new)), len(w))
-    return ask(rng, *phrasing(rng, cores, held_phrasing, " ".join(w), "these words"), task, " ".join(do(w)))
+    return ask(rng, *phrasing(rng, forms, held_phrasing, " ".join(w), "these words"), task, " ".join(do(w)))
 
 
-def phrasing(rng, cores, held, x, noun):
-    """Training phrasings are the first cores with OPENERS.  Held-out ones have an opener or a core that training never
-    uses.
-    """
-    core, openers = rng.choice(cores[:-1]), OPENERS
+def phrasing(rng, forms, held, x, noun):
+    """Training takes the first forms, with OPENERS; what is held out has an opener or a form that it never has."""
+    core, openers = rng.choice(forms[:-1]), OPENERS
     if held and rng.random() < 0.5:
         openers = HELD_OPENERS
     elif held:
-        core = cores[-1]
+        core = forms[-1]
     return core, x, noun, openers
 
 
@@ -277,10 +231,8 @@ def key(row):
 
 
 # -- The corpus: statements, and instructions without answers ----------------------------------------------------------
+# Ways to state an answer.  {core} says about what, "the capital of peru"; {this} does not, "the capital of this country".
 
-
-# Ways to state an answer: {core} names what it is about ("the capital of peru"); {this} does not ("the capital of this
-# country").
 STATED = ["{core} is {y}", "{core} is {y}", "{core} would be {y}", "we know that {core} is {y}",
           "if you want {core} , it is {y}", "given {x} , {this} is {y}", "given {x} , {this} would be {y}",
           "take {this} , for {x} it is {y}", "about {this} , {x} : it is {y}"]  # fmt: skip
@@ -289,14 +241,14 @@ STATED = ["{core} is {y}", "{core} is {y}", "{core} would be {y}", "we know that
 def fact_or_list(rng, task):
     """Something the world says, as the fields of STATED."""
     if task in FACTS:
-        pairs, noun, cores = FACTS[task]
+        pairs, noun, forms = FACTS[task]
         x = rng.choice(sorted(pairs))
         y = pairs[x]
     else:
-        do, cores = SKILLS[task]
+        do, forms = SKILLS[task]
         w, noun = words(rng, LIST_WORDS), "these words"
         x, y = " ".join(w), " ".join(do(w))
-    core = rng.choice(cores)
+    core = rng.choice(forms)
     return {"core": core.format(x=x), "this": core.format(x=noun), "x": x, "y": y}
 
 
@@ -333,12 +285,12 @@ def tiny(folder, corpus=40_000):
     """Write the data set `tiny` into a folder; returns {file: number of rows}."""
     rng = random.Random("corpus")
     train = instructions("train", 6400)
-    val = instructions("val", 320, avoid=train)
+    test = instructions("test", 640, avoid=train)
     files = {
         "pretrain/train": [document(rng) for _ in range(corpus)],
         "pretrain/test_complete": [completion(rng, task) for task in [*FACTS, *SKILLS] * 50],
-        "val": val,
-        "test": instructions("test", 640, avoid=train + val),
+        "val": instructions("val", 320, avoid=train + test),
+        "test": test,
         "test_entities": instructions("entities", 640, held_entity=True),
         "test_phrasings": instructions("phrasings", 640, held_phrasing=True),
         "train": train,  # last: where it is, the others are
