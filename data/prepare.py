@@ -202,7 +202,7 @@ def skill_row(rng, task, held_entity=False, held_phrasing=False):
 
 
 def phrasing(rng, forms, held, x, noun):
-    """Training takes the first forms, with OPENERS; what is held out has an opener or a form that it never has."""
+    """Training takes all forms but the last, with OPENERS; what is held out has the last, or one of HELD_OPENERS."""
     core, openers = rng.choice(forms[:-1]), OPENERS
     if held and rng.random() < 0.5:
         openers = HELD_OPENERS

@@ -14,6 +14,8 @@ sys.path.insert(0, ROOT)
 from baselines import build  # noqa: E402
 from model import Config, Decoder  # noqa: E402
 
+torch.set_num_threads(1)  # the models here are small: more threads only wait for each other
+
 SHARED = os.path.join(os.path.dirname(ROOT), "shared")
 ARCHS = ["gpt2", "llama"]
 

@@ -119,7 +119,8 @@ def test_groups_hold_every_parameter_once(tuned):
 def test_saved_and_loaded_gives_the_same_logits(tuned, tmp_path):
     idx, instr = right_padded([9, 5], 9)
     wanted = tuned.model(idx, instr, tuned.tuner)
-    save_tuner(tmp_path / "t.pt", tuned.tuner, {"method": tuned.method})
+    meta = {"method": tuned.method, "options": tuned.given, "init": "", "base": ""}
+    save_tuner(tmp_path / "t.pt", tuned.tuner, meta)
     model = small_model(tuned.arch)
     loaded = build(tuned.method, model.config, tuned.given)
     loaded.attach(model)

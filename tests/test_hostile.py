@@ -125,20 +125,20 @@ def test_mutated_configs(name, tmp_path, allocated):
     path = tmp_path / "m" / "config.json"
     config, rng, loaded = json.loads(path.read_text()), random.Random(name), 0
     idx = torch.zeros(1, 3, dtype=torch.long)
-    for _ in range(300 * TIMES):
+    for _ in range(200 * TIMES):
         path.write_text(json.dumps(mutated(rng, config)))
         model = refused_or(lambda: weights.load(tmp_path / "m"))
         if model is not None:
             loaded += 1
             assert model(idx).shape == (1, 3, 24)  # what loads, runs
-    assert allocated[0] < 10_000 and 0 < loaded < 300 * TIMES
+    assert allocated[0] < 10_000 and 0 < loaded < 200 * TIMES
 
 
 def test_mutated_indexes(tmp_path):
     shutil.copytree(os.path.join(FOLDER, "llama-shards"), tmp_path / "m")
     path = tmp_path / "m" / "model.safetensors.index.json"
     index, rng = json.loads(path.read_text()), random.Random(0)
-    for _ in range(300 * TIMES):
+    for _ in range(200 * TIMES):
         path.write_text(json.dumps(mutated(rng, index)))
         refused_or(lambda: weights.load(tmp_path / "m"))
     path.write_text(json.dumps({"weight_map": {"x": "../../secret"}}))
@@ -165,13 +165,13 @@ def test_mutated_vocabularies(file, tmp_path):
         (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
     rng, text = random.Random(file), "the a ñ\x00 日本"
     loaded = 0
-    for _ in range(300 * TIMES):
+    for _ in range(200 * TIMES):
         (tmp_path / file).write_text(json.dumps(mutated(rng, copy.deepcopy(content))))
         tokenizer = refused_or(lambda: Tokenizer.load(tmp_path))
         if tokenizer is not None:
             loaded += 1
             tokenizer.decode(tokenizer.encode(text))
-    assert 0 < loaded < 300 * TIMES
+    assert 0 < loaded < 200 * TIMES
 
 
 def test_mutated_tiktoken_files(tmp_path):
@@ -179,7 +179,7 @@ def test_mutated_tiktoken_files(tmp_path):
     (tmp_path / "tokenizer.model").write_text("\n".join(lines) + "\n")
     assert Tokenizer.load(tmp_path).encode("the") == [257]
     rng = random.Random(0)
-    for _ in range(300 * TIMES):
+    for _ in range(200 * TIMES):
         data = bytearray("\n".join(lines).encode())
         for _ in range(rng.randint(1, 3)):
             data[rng.randrange(len(data))] = rng.choice(b"0123456789 =Aaz\n\x00\xff")
