@@ -231,7 +231,7 @@ def key(row):
 
 
 # -- The corpus: statements, and instructions without answers ----------------------------------------------------------
-# Ways to state an answer.  {core} says about what, "the capital of peru"; {this} does not, "the capital of this country".
+# Ways to state an answer.  {core} says of what, "the capital of peru"; {this} does not, "the capital of this country".
 
 STATED = ["{core} is {y}", "{core} is {y}", "{core} would be {y}", "we know that {core} is {y}",
           "if you want {core} , it is {y}", "given {x} , {this} is {y}", "given {x} , {this} would be {y}",
