@@ -67,7 +67,7 @@ def cached(repo):
     with contextlib.suppress(OSError, ValueError):
         with open(place(repo, "refs", "main"), encoding="utf-8") as f:
             folder = place(repo, "snapshots", f.read().strip())
-        have = set(os.listdir(folder))
+        have = {name for name in os.listdir(folder) if os.path.exists(os.path.join(folder, name))}  # no dangling links
         kind = next((w for w in WEIGHTS if w in have or f"{w}.index.json" in have), None)
         if kind and "config.json" in have and (kind in have or shards(folder, kind) <= have):
             return folder
