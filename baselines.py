@@ -120,9 +120,7 @@ METHODS = {"iapt": IAPT, "static": Static, "lora": LoRA, "full": Full, "mine": M
 
 
 def options(cls, name, given):
-    """['P=8', ...] -> {'P': 8}, checked against a class's arguments: their names, the types of their defaults, their
-    choices.
-    """
+    """['P=8', ...] -> {'P': 8}, checked against a class's arguments: names, types of the defaults, choices."""
     known = {k: p for k, p in inspect.signature(cls).parameters.items() if isinstance(p.default, (int, float, str))}
     out = {}
     for text in given:

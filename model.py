@@ -65,7 +65,7 @@ class Config:
         if self.arch == "gpt2":
             self.attn_bias = self.mlp_bias = True
         self.n_kv_head = self.n_kv_head or self.n_head
-        even = self.head_dim or self.n_head and self.n_embd % self.n_head == 0
+        divided = self.head_dim or self.n_head and self.n_embd % self.n_head == 0
         self.head_dim = self.head_dim or self.n_embd // max(1, self.n_head)
         self.n_inner = self.n_inner or (4 * self.n_embd if self.arch == "gpt2" else -(-self.n_embd * 8 // 96) * 32)
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "n_inner"):
@@ -75,7 +75,7 @@ class Config:
             raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
         if self.arch == "llama" and self.head_dim % 2:
             raise ValueError(f"rotary positions turn pairs: head_dim must be even, got {self.head_dim}")
-        if not even:
+        if not divided:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         numbers = {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta, **(self.rope_scaling or {})}
         numbers.pop("rope_type", None)

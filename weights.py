@@ -49,7 +49,8 @@ LLAMA = {
     "norm": "ln_f",
 }
 TABLES = {"gpt2": ("transformer.", GPT2), "llama": ("model.", LLAMA)}  # the prefix, of everything but the head
-LEFTOVERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers of old versions of transformers
+# Buffers of old versions of transformers.
+LEFTOVERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def rows(config):
@@ -146,18 +147,18 @@ CONFIG = {  # ours: theirs
                   head_dim="head_dim", n_inner="intermediate_size", norm_eps="rms_norm_eps",
                   tied="tie_word_embeddings", attn_bias="attention_bias", mlp_bias="mlp_bias"),
 }  # fmt: skip
-ABSENT = {
-    "gpt2": {"tied": True},
-    "llama": {"tied": False, "norm_eps": 1e-6},
-}  # where transformers assumes other than us
-FIXED = {  # what our decoder does, whatever the config says: so it had better say this, or nothing
+# Where transformers assumes other than us, when a config does not say.
+ABSENT = {"gpt2": {"tied": True}, "llama": {"tied": False, "norm_eps": 1e-6}}
+# What our decoder does, whatever the config says: so it had better say this, or nothing.
+FIXED = {
     "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
              "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
              "quantization_config": (None,)},
     "llama": {"hidden_act": ("silu", "swish"), "pretraining_tp": (1,), "partial_rotary_factor": (1, None),
               "sliding_window": (None,), "quantization_config": (None,)},
 }  # fmt: skip
-ROPE = {"default": [], "linear": ["factor"],  # the kinds of rotary scaling that we have, and their parameters
+# The kinds of rotary scaling that we have, and their parameters.
+ROPE = {"default": [], "linear": ["factor"],
         "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}  # fmt: skip
 
 
