@@ -22,8 +22,8 @@ import urllib.request
 
 from tqdm import tqdm
 
-from data import read_json, replacing
-from weights import read_config
+from data import replacing
+from weights import read_config, read_index
 
 try:
     import fcntl
@@ -75,13 +75,8 @@ def cached(repo):
 
 
 def shards(folder, kind):
-    """The files that an index names.  Raises ValueError if it is no index."""
-    path = os.path.join(folder, f"{kind}.index.json")
-    with contextlib.suppress(KeyError, TypeError, AttributeError):
-        names = set(read_json(path)["weight_map"].values())
-        if all(name == os.path.basename(name) for name in names):
-            return names
-    raise ValueError(f"{path} is not an index of weights")
+    """The files that an index names."""
+    return set(read_index(os.path.join(folder, f"{kind}.index.json")).values())
 
 
 # -- Download ----------------------------------------------------------------------------------------------------------

@@ -65,6 +65,8 @@ def parse(argv=None):
             parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
     if args.lr is not None and not 0 < args.lr < math.inf:
         parser.error(f"--lr must be above 0, got {args.lr}")
+    if args.resume and args.force:
+        parser.error("--resume goes on with the run in --out, --force starts it again: give one of them")
     args.out = args.out or os.path.join("out", args.method)
     return args
 
@@ -297,7 +299,9 @@ def main(argv=None):
         )
 
     # The model, the data, the method.
-    torch.manual_seed(args.seed)
+    torch.manual_seed(
+        args.seed
+    )  # for a model from scratch; and again below, for the method to be the same on any model
     where = TINY if args.data == "tiny" else args.data
     if where == TINY and not os.path.exists(os.path.join(TINY, "train.jsonl")):
         print("making the data set tiny, once (python data/prepare.py tiny)")
@@ -343,8 +347,7 @@ def main(argv=None):
     fill(tuner, best, files[1])
     after = {name: evaluate(model, examples[name], tuner) for name in tests}
     texts.append(answer(model, tokenizer, shown, tuner))
-    path = files[1]
-    size = os.path.getsize(path) / 1000
+    path, size = files[1], os.path.getsize(files[1]) / 1000
     print("\n" + "\n".join(table(before, after, args.method, {name: len(rows[name]) for name in tests})))
     print("\n" + "\n".join(examples_before_and_after(shown, *texts, args.method)))
     print(f"saved {path}: what was trained, nothing frozen (step {best['step']}, {size:,.0f} kB)")

@@ -228,15 +228,21 @@ def stored(folder):
 
 
 def read_shards(folder, index, reader):
-    where = read_json(index)
-    where = where.get("weight_map") if isinstance(where, dict) else None
-    if not isinstance(where, dict) or not all(isinstance(f, str) and f == os.path.basename(f) for f in where.values()):
-        raise ValueError(f"{index} has no weight_map of tensor names and files beside it")
+    where = read_index(index)
     shards = {file: reader(os.path.join(folder, file)) for file in sorted(set(where.values()))}
     for name, file in where.items():
         if name not in shards[file]:
             raise ValueError(f"{index}: {file} lacks {name}")
     return {name: shards[file][name] for name, file in where.items()}
+
+
+def read_index(path):
+    """{tensor name: file} of an index of shards.  Raises ValueError for one that names files elsewhere."""
+    where = read_json(path)
+    where = where.get("weight_map") if isinstance(where, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(f, str) and f == os.path.basename(f) for f in where.values()):
+        raise ValueError(f"{path} has no weight_map of tensor names and files beside it")
+    return where
 
 
 def read_bin(path):

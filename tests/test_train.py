@@ -186,6 +186,7 @@ def cli(script, *args):
         (train, ["--block-size", "8"], "the model takes 8"),
         (train, ["--resume", "--out", "nowhere"], "there is no run at nowhere"),
         (train, ["--steps", "0"], "--steps must be at least 1, got 0"),
+        (train, ["--resume", "--force"], "give one of them"),
         (train, ["--lr", "-1"], "--lr must be above 0, got -1.0"),
         (train, ["--val-rows", "-1"], "--val-rows must be at least 0, got -1"),
         (train, ["--device", "foo"], "--device foo: there is no such device"),
@@ -223,6 +224,14 @@ def test_all_frozen_weights_are_the_same_after_a_run(rows, tmp_path, monkeypatch
     train.main([*SMALL, "--data", rows, "--out", str(tmp_path / "x")])
     fresh = real("tiny")[0].state_dict()
     assert all(torch.equal(x, fresh[name]) for name, x in models[0][0].state_dict().items())
+
+
+def test_a_truncated_checkpoint_is_one_line(trained, tmp_path):
+    with open(os.path.join(trained, "best.pt"), "rb") as f:
+        whole = f.read()
+    (tmp_path / "best.pt").write_bytes(whole[: len(whole) // 2])
+    status, text = cli(sample, str(tmp_path), "x", "--device", "cpu")
+    assert status == 1 and "is not a checkpoint of train.py, or was cut off" in text and "Traceback" not in text
 
 
 def test_force_leaves_nothing_of_the_run_before(rows, tmp_path, monkeypatch):
