@@ -111,3 +111,13 @@ def test_the_fingerprint_is_of_the_weights_not_of_their_dtype(tmp_path):
     with torch.no_grad():
         model.h[1].mlp.up.weight[0, 0] += 1
     assert weights.fingerprint(weights.load(tmp_path)) != weights.fingerprint(model)
+
+
+@pytest.mark.parametrize("second, size", [((0, 4), 4), ((2, 6), 6), ((8, 12), 12)])
+def test_tensors_that_overlap_or_leave_a_hole_are_refused(second, size, tmp_path):
+    tensors = {"a": (0, 4), "b": second}
+    header = {name: {"dtype": "F32", "shape": [1], "data_offsets": at} for name, at in tensors.items()}
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+    with pytest.raises(ValueError, match="does not fit bytes"):
+        weights.read_safetensors(tmp_path / "x.safetensors")
