@@ -1,9 +1,15 @@
 """The other methods behind IAPT's interface:
 
-    static    learned soft tokens at each layer: P-tuning v2 (space=kv), deep soft prompts (space=hidden)
-    lora      low-rank updates of linear layers
-    full      all weights of the model train
-    mine      the example to fork: soft tokens that are a projection of the mean instruction state
+    ptuning2   learned keys and values at each layer (P-tuning v2): IAPT without its generator
+    static     learned hidden states at each layer: IAPT with space=hidden, without its generator
+    prefix     the keys and values come from an MLP, which goes after training (prefix-tuning)
+    prompt     learned rows before the embeddings (prompt tuning)
+    dynamic    and where they stand, how many, which: chosen by the instruction (dynamic prompting)
+    lora       low-rank updates of linear layers
+    adapter    small MLPs after attention and MLP, and the norms
+    full       all weights of the model train
+    capt       a learned vector and the instruction's mean state, at each layer
+    mine       the example to fork: soft tokens that are a projection of the mean instruction state
 
 and what all methods share:
 
@@ -15,78 +21,262 @@ Each class reads alone.  Letters for shapes are those of model.py.
 """
 
 import inspect
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from data import replacing
-from iapt import IAPT, Space, Tuner, split_kv
+from iapt import IAPT, Tuner, mean_pool, split_kv
+from model import Block, norm
 
 
-class Static(Tuner):
-    """P learned soft tokens at every layer, the same for every instruction.
+class PTuning2(Tuner):
+    """P-tuning v2 (arXiv 2110.07602): P learned keys and values at every layer, the same for every instruction.
 
-    space='kv' learns keys and values (P-tuning v2, arXiv 2110.07602, without a reparametrising MLP), 2 G D P L
-    parameters; space='hidden' learns hidden states that pass through the layer's own norm and projections, C P L
-    parameters.
+    Without the reparametrising MLP, which the paper found to help on some tasks only.  2 G D P L parameters.  With P=4
+    this is IAPT without its generator.
     """
 
     lr = 5e-2  # what IAPT's static part learns with
 
-    def __init__(self, config, P: int = 16, space: Space = "kv"):
+    def __init__(self, config, P: int = 16):
         super().__init__()
-        if P < 1:
-            raise ValueError(f"static wants P >= 1, got P={P}")
-        c, self.space, self.head_dim = config, space, config.head_dim
-        out = {"kv": 2 * c.n_kv_head * c.head_dim, "hidden": c.n_embd}[space]
-        self.static = nn.ParameterList(torch.randn(P, out) * 0.1 for _ in range(c.n_layer))
+        self.head_dim = config.head_dim
+        out = 2 * config.n_kv_head * config.head_dim
+        self.static = nn.ParameterList(torch.randn(positive(P=P), out) * 0.1 for _ in range(config.n_layer))
+
+    def kv(self, block, l, x, instr):
+        return split_kv(self.static[l].expand(len(x), -1, -1), self.head_dim)
+
+
+class Static(Tuner):
+    """P learned hidden states at every layer, which pass through its own norm and projections.  C P L parameters.
+
+    With P=4 this is IAPT with space=hidden, without its generator.
+    """
+
+    lr = 5e-2
+
+    def __init__(self, config, P: int = 16):
+        super().__init__()
+        self.static = nn.ParameterList(
+            torch.randn(positive(P=P), config.n_embd) * 0.1 for _ in range(config.n_layer)
+        )
 
     def prompt(self, l, x, instr):
         return self.static[l].expand(len(x), -1, -1)
 
-    def kv(self, block, l, x, instr):
-        if self.space == "hidden":
-            return super().kv(block, l, x, instr)
-        return split_kv(self.prompt(l, x, instr), self.head_dim)
 
+class PrefixTuning(Tuner):
+    """Prefix-tuning (arXiv 2101.00190): keys and values at every layer, made of P embeddings by an MLP.
 
-class LoRA(Tuner):
-    """y = W x + (alpha / r) B A x for the attention's projections named in `on` (arXiv 2106.09685).
-
-    B starts at zero, so training starts at the frozen model.  L r (in + out) parameters a projection.
+    Embedding (P, C) -> Linear(C, hidden) -> tanh -> Linear(hidden, L 2 G D), of which each layer takes its part.  The
+    paper found training the keys and values themselves unstable.  Once trained, the MLP can go: `drop`.
     """
 
     lr = 5e-3
 
-    def __init__(self, config, r: int = 8, alpha: float = 16.0, on: str = "qv"):
+    def __init__(self, config, P: int = 10, hidden: int = 512):
         super().__init__()
-        c, self.on = config, on
-        out = {"q": c.n_head * c.head_dim, "k": c.n_kv_head * c.head_dim, "v": c.n_kv_head * c.head_dim}
-        if r < 1 or not on or set(on) - set(out):
-            raise ValueError(f"lora wants r >= 1 and on of the letters q, k, v; got r={r} on={on!r}")
-        self.scale = alpha / r
-        self.A = nn.ParameterList(torch.empty(r, c.n_embd) for _ in range(c.n_layer) for _ in on)
-        self.B = nn.ParameterList(torch.zeros(out[site], r) for _ in range(c.n_layer) for site in on)
-        for a in self.A:
-            nn.init.kaiming_uniform_(a, a=5**0.5)
-        self.hooks = []
+        positive(P=P, hidden=hidden)
+        self.config, out = config, 2 * config.n_kv_head * config.head_dim
+        self.tokens = nn.Parameter(torch.randn(P, config.n_embd))
+        self.down = nn.Linear(config.n_embd, hidden)
+        self.up = nn.ModuleList(nn.Linear(hidden, out) for _ in range(config.n_layer))
+
+    def keys_and_values(self, l):
+        return self.up[l](self.down(self.tokens).tanh())  # (P, 2 G D)
+
+    def kv(self, block, l, x, instr):
+        return split_kv(self.keys_and_values(l).expand(len(x), -1, -1), self.config.head_dim)
+
+    @torch.no_grad()
+    def drop(self):
+        """The same soft tokens without the MLP: a PTuning2."""
+        plain = PTuning2(self.config, P=len(self.tokens)).to(self.tokens.device)
+        for l, static in enumerate(plain.static):
+            static.copy_(self.keys_and_values(l))
+        return plain
+
+
+class PromptTuning(Tuner):
+    """Prompt tuning (arXiv 2104.08691): P learned rows before the input embeddings.  C P parameters."""
+
+    lr = 1e-2
+
+    def __init__(self, config, P: int = 20):
+        super().__init__()
+        self.soft = nn.Parameter(torch.zeros(positive(P=P), config.n_embd))
+
+    def attach(self, model):  # the paper's best start: embeddings of real tokens
+        with torch.no_grad():
+            self.soft.copy_(model.wte.weight[torch.randint(len(model.wte.weight), (len(self.soft),))])
+
+    def embed(self, x, instr):
+        (B, T, _), P = x.shape, len(self.soft)
+        at = torch.arange(P, P + T, device=x.device).expand(B, T)
+        return torch.cat((self.soft.to(x.dtype).expand(B, -1, -1), x), 1), at, None
+
+
+Position = Literal["before", "task", "instance"]
+
+
+class Dynamic(Tuner):
+    """Dynamic prompting (arXiv 2303.02909): where P soft tokens stand, how many, and which is chosen, not fixed.
+
+        position   the first i of them before the instruction, the others after it: before (i = P), task (the logits of i
+                   are learned), instance (they are a linear function of the instruction's mean embedding)
+        length     how many of the P there are, by instance; the others are masked
+        pool       so many prompts, mixed by instance
+
+    The choices of i and of the length are Gumbel-softmax draws while training (one-hot forward, soft backward, the
+    temperature falling from 1 to 1/2), and the likeliest ones afterwards.
+    """
+
+    lr = 1e-2
+
+    def __init__(self, config, P: int = 10, position: Position = "instance", length: bool = False, pool: int = 1):
+        super().__init__()
+        C = config.n_embd
+        self.soft = nn.Parameter(torch.zeros(positive(pool=pool), positive(P=P), C))
+        self.mix = nn.Linear(C, pool) if pool > 1 else None
+        self.count = nn.Linear(C, P + 1) if length else None
+        self.split = nn.Linear(C, P + 1) if position == "instance" else None
+        self.logits = nn.Parameter(torch.zeros(P + 1)) if position == "task" else None
+        self.register_buffer("tau", torch.tensor(1.0), persistent=False)
 
     def attach(self, model):
-        sites = [getattr(block.attn, site) for block in model.h for site in self.on]
-        self.hooks = [linear.register_forward_hook(self.update(i)) for i, linear in enumerate(sites)]
+        with torch.no_grad():
+            self.soft.copy_(model.wte.weight[torch.randint(len(model.wte.weight), self.soft.shape[:2])])
+
+    def progress(self, done):
+        self.tau.fill_(1 - done / 2)
+
+    def choose(self, logits):
+        if self.training:
+            return F.gumbel_softmax(logits, self.tau, hard=True)
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+
+    def embed(self, x, instr):
+        (B, T, _), P = x.shape, self.soft.shape[1]
+        mean = (mean_pool(x.float(), None, instr) @ x.float())[:, 0]  # (B, C)
+        soft = self.soft[0].expand(B, -1, -1)
+        if self.mix is not None:
+            soft = torch.einsum("bk,kpc->bpc", self.mix(mean).softmax(-1), self.soft)
+        n = torch.full((B, 1), P, device=x.device)
+        if self.count is not None:
+            count = self.choose(self.count(mean))  # (B, P+1), one-hot
+            n, soft = count.argmax(-1, keepdim=True), soft * (1 - count.cumsum(-1))[:, :P, None]
+        if self.split is None and self.logits is None:
+            split = F.one_hot(n[:, 0], P + 1).to(soft.dtype)
+        else:
+            split = self.choose(self.logits.expand(B, -1) if self.split is None else self.split(mean))  # (B, P+1)
+        index, first = layouts(P, T, n, instr)
+        every = torch.cat((soft.to(x.dtype), x), 1)[torch.arange(B, device=x.device)[:, None, None], index]
+        first = first.gather(1, split.argmax(-1, keepdim=True))  # (B, 1)
+        at = torch.arange(T, device=x.device) + torch.where(instr, first, P)
+        return torch.einsum("bi,bitc->btc", split.to(x.dtype), every), at, torch.arange(P + T, device=x.device) >= P - n
+
+
+def layouts(P, T, n, instr):
+    """The P+1 ways to stand n (B, 1) of P soft tokens around the instruction among T tokens.
+
+    Layout i: the P - n unused soft tokens, min(i, n) soft tokens, the instruction, the other soft tokens, the rest.
+    Returns indices (B, P+1, P+T) into soft tokens and tokens, one behind the other, and where the instruction begins
+    (B, P+1).
+    """
+    place, n, t = torch.arange(P + T, device=n.device), n[..., None], instr.sum(1)[:, None, None]
+    first = P - n + torch.arange(P + 1, device=n.device)[:, None].minimum(n)  # (B, P+1, 1)
+    index = torch.where(place < first, place - P + n, P + place - first)
+    index = torch.where(place < P - n, n + place, index)
+    index = torch.where(place >= first + t, place - t - P + n, index)
+    return torch.where(place >= P + t, place, index), first[..., 0]
+
+
+class Hooked(Tuner):
+    """A tuner that acts through hooks on the frozen model's modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.hooks = []
+
+    def hook(self, module, f):
+        """From now on `module` gives f(x, y) where it gave y for x."""
+        self.hooks.append(module.register_forward_hook(lambda _, inputs, y: f(inputs[0].float(), y).to(y.dtype)))
 
     def detach(self):
         while self.hooks:
             self.hooks.pop().remove()
 
-    def update(self, i):
-        def hook(linear, inputs, y):
-            delta = F.linear(F.linear(inputs[0].float(), self.A[i]), self.B[i])
-            return y + (self.scale * delta).to(y.dtype)
 
-        return hook
+class LoRA(Hooked):
+    """y = W x + (alpha / r) B A x for the linear layers named in `on` (arXiv 2106.09685).
+
+    q, k, v, o of the attention, up, down (and gate) of the MLP, or all.  B starts at zero, so training starts at the
+    frozen model.  L r (in + out) parameters a linear layer.
+    """
+
+    lr = 5e-3
+
+    def __init__(self, config, r: int = 8, alpha: float = 16.0, on: str = "q,v"):
+        super().__init__()
+        with torch.device("meta"):
+            linear = {name: m for name, m in Block(config).named_modules() if isinstance(m, nn.Linear)}
+        names = {name.split(".")[-1]: name for name in linear}
+        asked = list(names) if on == "all" else on.split(",")
+        if set(asked) - set(names) or len(set(asked)) < len(asked):
+            raise ValueError(f"lora's option on takes some of {','.join(names)}, or all; got {on!r}")
+        self.scale, self.on = alpha / positive(r=r), [names[site] for site in asked]
+        sites = [linear[name] for name in self.on] * config.n_layer
+        self.A = nn.ParameterList(torch.empty(r, site.in_features) for site in sites)
+        self.B = nn.ParameterList(torch.zeros(site.out_features, r) for site in sites)
+        for a in self.A:
+            nn.init.kaiming_uniform_(a, a=5**0.5)
+
+    def sites(self, model):
+        """(linear layer, its A, its B), one after the other."""
+        return zip([block.get_submodule(name) for block in model.h for name in self.on], self.A, self.B, strict=True)
+
+    def attach(self, model):
+        for linear, a, b in self.sites(model):
+            self.hook(linear, lambda x, y, a=a, b=b: y + self.scale * F.linear(F.linear(x, a), b))
+
+    @torch.no_grad()
+    def merge(self, model):
+        """Add the updates to the model's weights and detach: the tuned model, at the frozen model's cost."""
+        self.detach()
+        for linear, a, b in self.sites(model):
+            linear.weight += (self.scale * b @ a).to(linear.weight.dtype)
+
+
+class Adapter(Hooked):
+    """y + W2 gelu(W1 y + b1) + b2 on what the attention and the MLP give, before the residual sum (arXiv 1902.00751).
+
+    Bottleneck m; W2 starts near zero.  The norms train, too.  2 L (2 C m + m + C) parameters and those of the norms.
+    """
+
+    lr = 2e-3
+
+    def __init__(self, config, m: int = 8):
+        super().__init__()
+        C, L = config.n_embd, config.n_layer
+        self.adapters = nn.ModuleList(
+            nn.Sequential(nn.Linear(C, positive(m=m)), nn.GELU(), nn.Linear(m, C)) for _ in range(2 * L)
+        )
+        for adapter in self.adapters:
+            nn.init.normal_(adapter[2].weight, std=1e-3)
+            nn.init.zeros_(adapter[2].bias)
+        self.norms = nn.ModuleList(norm(config) for _ in range(2 * L + 1))
+
+    def attach(self, model):
+        for linear, adapter in zip([m for block in model.h for m in (block.attn.o, block.mlp)], self.adapters):
+            self.hook(linear, lambda x, y, adapter=adapter: y + adapter(y.float()))
+        norms = [m for block in model.h for m in (block.ln_1, block.ln_2)] + [model.ln_f]
+        for frozen, ours in zip(norms, self.norms, strict=True):  # a copy of ours trains; the model's stays as it is
+            ours.load_state_dict(frozen.state_dict())
+            self.hook(frozen, lambda x, y, ours=ours: ours(x))
 
 
 class Full(Tuner):
@@ -100,6 +290,22 @@ class Full(Tuner):
     def attach(self, model):
         # A submodule, so that its weights are the tuner's parameters; in fp32, as everything that is trained.
         self.model = model.float().requires_grad_(True)
+
+
+class CaPT(Tuner):
+    """Context-aware prompt tuning (arXiv 2510.16670): a learned vector and the instruction's mean state, at every layer.
+
+    One soft token a layer, no generator: C L parameters.  (With P > 1, which the paper does not have, P of them.)
+    """
+
+    lr = 5e-2
+
+    def __init__(self, config, P: int = 1):
+        super().__init__()
+        self.p = nn.ParameterList(torch.randn(positive(P=P), config.n_embd) * 0.1 for _ in range(config.n_layer))
+
+    def prompt(self, l, x, instr):
+        return self.p[l] + mean_pool(x.float(), None, instr) @ x.float()  # (P, C) + (B, 1, C)
 
 
 class Mine(Tuner):
@@ -116,7 +322,18 @@ class Mine(Tuner):
         return self.to_soft[l](mean).unflatten(-1, (self.P, -1))  # (B, C) -> (B, P, C)
 
 
-METHODS = {"iapt": IAPT, "static": Static, "lora": LoRA, "full": Full, "mine": Mine}
+METHODS = {
+    "iapt": IAPT, "static": Static, "ptuning2": PTuning2, "prefix": PrefixTuning, "prompt": PromptTuning,
+    "dynamic": Dynamic, "capt": CaPT, "lora": LoRA, "adapter": Adapter, "full": Full, "mine": Mine,
+}  # fmt: skip
+
+
+def positive(**sizes):
+    """The value of its one argument, or of the last.  Raises ValueError if any is below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
 
 
 def options(cls, name, given):

@@ -46,12 +46,16 @@ class Tuner(nn.Module):
     def detach(self):
         """Leave the model as attach found it."""
 
-    def embed(self, x, instr):
-        """Once a sequence: embeddings x (B, T, C) -> x with soft tokens (B, T', C), and where tokens went (B, T).
+    def progress(self, done):
+        """Before each training step: the share of training that is over, 0 to 1, for what anneals."""
 
-        Soft tokens stand among a row's tokens or right after them, before its padding, T' - T in every row.
+    def embed(self, x, instr):
+        """Once a sequence: embeddings x (B, T, C) -> x with soft tokens (B, T', C), at (B, T), keep (B, T').
+
+        at says where the tokens went.  Soft tokens stand among a row's tokens or right after them, before its padding,
+        T' - T in every row; keep is False on those that nobody may see (None: there are none).
         """
-        return x, None
+        return x, None, None
 
     def prompt(self, l, x, instr):
         """Once a layer: the hidden states x (B, T, C) that enter layer l -> its soft tokens (B, P, C), or None."""
@@ -70,6 +74,10 @@ class Tuner(nn.Module):
     def groups(self, lr):
         """Parameter groups for the optimizer, where some parameters want another rate than lr."""
         return [{"params": list(self.parameters()), "lr": lr}]
+
+    def upper(self):
+        """The upper level of `train.py --bilevel`: the parameters that learn on held-out batches."""
+        return []
 
 
 # -- The learned activation --------------------------------------------------------------------------------------------
@@ -148,15 +156,29 @@ class Rational(nn.Module):
 ACTIVATIONS = {"rational": Rational, "gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Tanh, "identity": nn.Identity}
 Activation = Literal["rational", "gelu", "relu", "tanh", "identity"]
 Space = Literal["kv", "hidden"]  # what a soft token is: a key and a value, or a hidden state
+Pool = Literal["attention", "mean", "last"]
 
 # -- The method --------------------------------------------------------------------------------------------------------
 
 
 def attention_pool(z, w_sa, instr):
-    """What P query columns w_sa (m, P) read of z (B, T, m): (B, P, m), and with which weights: (B, P, T)."""
+    """How much P query columns w_sa (m, P) read of each z (B, T, m): weights (B, P, T), each row of sum 1."""
     scores = (z @ w_sa).masked_fill(~instr[..., None], float("-inf"))  # never the padding, never the response
-    weights = scores.softmax(1).transpose(1, 2)
-    return weights @ z, weights
+    return scores.softmax(1).transpose(1, 2)
+
+
+def mean_pool(z, w_sa, instr):
+    """The instruction's mean, for all soft tokens: weights (B, 1, T)."""
+    return (instr / instr.sum(1, keepdim=True))[:, None].to(z.dtype)
+
+
+def last_pool(z, w_sa, instr):
+    """The instruction's last token, for all soft tokens: weights (B, 1, T)."""
+    last = instr.sum(1, keepdim=True) - 1
+    return torch.zeros_like(instr, dtype=z.dtype).scatter(1, last, 1.0)[:, None]
+
+
+POOLS = {"attention": attention_pool, "mean": mean_pool, "last": last_pool}
 
 
 def rms(x):
@@ -166,18 +188,19 @@ def rms(x):
 class Generator(nn.Module):
     """A layer's generator: hidden states (B, T, C) and instr (B, T) -> (B, P, out).  Layers may share down and up."""
 
-    def __init__(self, down, up, P, activation, norm):
+    def __init__(self, down, up, act, P, pool, norm):
         super().__init__()
-        self.down, self.up, self.norm = down, up, norm
-        self.w_sa = nn.Parameter(torch.randn(down.out_features, P) * down.out_features**-0.5)
-        self.act = ACTIVATIONS[activation]()
+        self.down, self.up, self.act, self.P, self.pool, self.norm = down, up, act, P, POOLS[pool], norm
+        learned = torch.randn(down.out_features, P) * down.out_features**-0.5
+        self.w_sa = nn.Parameter(learned) if pool == "attention" else None
 
     def forward(self, x, instr):
         # Our choice: bring H and Q to unit mean square.  Hidden states grow along the layers, some of their dimensions
         # are huge in every model, and it is around 1 that R has its shape.  The paper mentions no norm: norm=0.
         z = self.down(rms(x.float()) if self.norm else x.float())
-        q, _ = attention_pool(z, self.w_sa, instr)
-        return self.up(self.act(rms(q) if self.norm else q))
+        q = self.pool(z, self.w_sa, instr) @ z
+        s = self.up(self.act(rms(q) if self.norm else q))
+        return s.expand(-1, self.P, -1)  # where there is one Q for all, one S for all
 
 
 class IAPT(Tuner):
@@ -187,6 +210,8 @@ class IAPT(Tuner):
         m            bottleneck of the generator; 0 means C / 8
         share        this many neighbouring layers share one down- and one up-projection
         activation   rational, gelu, relu, tanh or identity
+        one_act      one activation for all layers, in place of one each
+        pool         what a soft token reads: attention; mean or last token, the same for all P of them
         space        what it writes: 'kv', keys and values; 'hidden', states that pass the layer's norm, k and v
         static       add a learned constant; the up-projection starts at zero, so training starts at a static prompt
         norm         bring H and Q to unit mean square
@@ -200,8 +225,8 @@ class IAPT(Tuner):
     lr = 1e-2
 
     def __init__(
-        self, config, P: int = 4, m: int = 0, share: int = 1, activation: Activation = "rational", space: Space = "kv",
-        static: bool = True, norm: bool = True,
+        self, config, P: int = 4, m: int = 0, share: int = 1, activation: Activation = "rational",
+        one_act: bool = False, pool: Pool = "attention", space: Space = "kv", static: bool = True, norm: bool = True,
     ):  # fmt: skip
         super().__init__()
         if P < 1 or m < 0 or share < 1:
@@ -213,8 +238,9 @@ class IAPT(Tuner):
         for d, u in zip(down, up, strict=True):
             nn.init.normal_(d.weight, std=C**-0.5)
             nn.init.normal_(u.weight, std=0.0 if static else m**-0.5)
-        owned = [(down[l // share], up[l // share]) for l in range(L)]
-        self.generators = nn.ModuleList(Generator(d, u, P, activation, norm) for d, u in owned)
+        acts = [ACTIVATIONS[activation]()] * L if one_act else [ACTIVATIONS[activation]() for _ in range(L)]
+        owned = [(down[l // share], up[l // share], acts[l]) for l in range(L)]
+        self.generators = nn.ModuleList(Generator(*parts, P, pool, norm) for parts in owned)
         self.static = nn.ParameterList(torch.randn(P, out) * 0.1 for _ in range(L if static else 0))
 
     def prompt(self, l, x, instr):
@@ -234,6 +260,9 @@ class IAPT(Tuner):
             rate = next((rates[part] for part in name.split(".") if part in rates), lr)
             by_rate.setdefault(rate, []).append(p)
         return [{"params": params, "lr": rate, "weight_decay": 0.0} for rate, params in by_rate.items()]
+
+    def upper(self):
+        return [p for name, p in self.named_parameters() if "act" in name.split(".")]
 
 
 def split_kv(s, head_dim):

@@ -9,7 +9,7 @@ A map of this file, top to bottom:
     Block        norm, attention, norm, MLP
     Cache        keys and values already computed, for decoding one token a step
     Decoder      embed -> blocks -> norm -> head;  forward, prefill, step
-    generate     text from prompts of different lengths, in one batch
+    generate     text from prompts of different lengths, in one batch; search, its beam search
 
 The one thing a plain decoder lacks: before each block the decoder asks `tuner.kv(block, l, x, instr)` for P more keys
 and values (see `Tuner` in iapt.py), and the block attends to them beside its own.  That happens when whole sequences
@@ -188,15 +188,17 @@ class Block(nn.Module):
         s = self.ln_1(s)
         return self.attn.heads(self.attn.k(s)), self.attn.heads(self.attn.v(s))
 
-    def forward(self, x, rope, slots=None):
-        """x (B, T, C), slots None or (k, v, keep) -> x (B, T, C), and the keys and values it looked at, slots first."""
+    def forward(self, x, rope, slots=None, seen=None):
+        """x (B, T, C) -> x (B, T, C), and the keys and values it looked at, slots first.
+
+        slots   (k, v, keep): P more keys and values, and which of them a row has (B, P), or None for all; or None
+        seen    (B, P + T), False where nobody may look, if there is such a place
+        """
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
-        mask = None
         if slots is not None:
-            soft_k, soft_v, keep = slots
-            k, v = torch.cat((soft_k.to(k.dtype), k), 2), torch.cat((soft_v.to(v.dtype), v), 2)
-            mask = slot_mask(x.shape[1], soft_k.shape[2], keep, x.device)
-        x = x + self.attn.mix(q, k, v, mask)
+            k, v = torch.cat((slots[0].to(k.dtype), k), 2), torch.cat((slots[1].to(v.dtype), v), 2)
+        plain = slots is None and seen is None
+        x = x + self.attn.mix(q, k, v, None if plain else slot_mask(x.shape[1], k.shape[2], seen, x.device))
         return x + self.mlp(self.ln_2(x)), (k, v)
 
     def step(self, x, rope, k_cache, v_cache, mask, at):
@@ -208,21 +210,35 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-def slot_mask(T, P, keep, device):
-    """(.., T, P+T): every token sees the slots that `keep` (B, P) keeps (None: all) and, causally, the tokens.
+def slot_mask(T, S, seen, device):
+    """(.., T, S): every token sees the S - T slots and, causally, the tokens; of these what `seen` (B, S) lets it see.
 
-    Not `is_causal=True`: with P slots in front the score matrix is not square, and its diagonal not the tokens'.
+    Not `is_causal=True`: with slots in front the score matrix is not square, and its diagonal not the tokens'.
     """
-    causal = torch.ones(T, P + T, dtype=torch.bool, device=device).tril(P)
-    if keep is None:
+    causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    if seen is None:
         return causal
-    return causal & F.pad(keep, (0, T), value=True)[:, None, None, :]
+    itself = causal.triu(S - T)  # a token that nobody may see still sees itself: a softmax over nothing is nan
+    return (causal & seen[:, None, None, :]) | itself
+
+
+def places(slots, keep, x):
+    """(B, P + T): False where nobody may look, among P slots (k, v, keep) and T tokens x; None if there is no such place.
+
+    keep (B, T) says it for the tokens, the third of `slots` for the slots; None: all may be looked at.
+    """
+    some = None if slots is None else slots[2]
+    if some is None and keep is None:
+        return None
+    B, P, T = len(x), 0 if slots is None else slots[0].shape[2], x.shape[1]
+    every = torch.ones(B, P + T, dtype=torch.bool, device=x.device)
+    return torch.cat((every[:, :P] if some is None else some, every[:, P:] if keep is None else keep), 1)
 
 
 class Cache:
     """What `prefill` leaves for `step`: where each row's slots and tokens are, and how many.
 
-        k, v     (L, B, G, P + S, D)   P slots, then the prompt and room for what is to come, S tokens in all
+        k, v     (L, B, G, P + S, D)   P slots, then the prompt of T tokens and room for more, S in all
         mask     (L, B, 1, 1, P + S)   what may be looked at
         at       (B,)                  index at which a row's next token will be written
         pos      (B,)                  its position
@@ -231,18 +247,26 @@ class Cache:
     lengths decode together.  The shapes never change, so a decode step can be compiled once.
     """
 
-    def __init__(self, layers, length, pos, room):
-        P = max(keep.shape[1] for _, _, keep in layers)
+    def __init__(self, layers, T, length, pos, room):
+        most = max(P for _, _, P, _ in layers)
 
-        def fill(x, keep):  # layers may have fewer slots than P, or none: padded in front, and masked
-            return F.pad(x, (0, 0, P - keep.shape[1], room))
+        def fill(x):  # layers may have fewer slots than others, or none: padded in front, and masked
+            return F.pad(x, (0, 0, most + T - x.shape[2], room))
 
-        self.k = torch.stack([fill(k, keep) for k, _, keep in layers])
-        self.v = torch.stack([fill(v, keep) for _, v, keep in layers])
-        tokens = torch.arange(self.k.shape[3] - P, device=length.device) < length[:, None]
-        masks = [torch.cat((F.pad(keep, (P - keep.shape[1], 0)), tokens), 1) for _, _, keep in layers]
-        self.mask = torch.stack(masks)[:, :, None, None]
-        self.at, self.pos = P + length, pos.clone()
+        def visible(P, seen):
+            seen = torch.ones(len(length), P + T, dtype=torch.bool, device=length.device) if seen is None else seen
+            return F.pad(seen, (most - P, room)) & tokens
+
+        tokens = F.pad(torch.arange(T + room, device=length.device) < length[:, None], (most, 0), value=True)
+        self.k = torch.stack([fill(k) for k, _, _, _ in layers])
+        self.v = torch.stack([fill(v) for _, v, _, _ in layers])
+        self.mask = torch.stack([visible(P, seen) for _, _, P, seen in layers])[:, :, None, None]
+        self.at, self.pos = most + length, pos.clone()
+
+    def take(self, rows):
+        """Go on with these rows, in this order; a row may occur several times."""
+        self.k, self.v, self.mask = self.k[:, rows], self.v[:, rows], self.mask[:, rows]
+        self.at, self.pos = self.at[rows], self.pos[rows]
 
 
 class Decoder(nn.Module):
@@ -281,7 +305,7 @@ class Decoder(nn.Module):
         idx     (B, T)  tokens, right-padded
         instr   (B, T)  True on the tokens of the instruction, the only ones a tuner may read
         tuner           asked for soft tokens at the embeddings and at each layer (`Tuner` in iapt.py), or None
-        layers          a list to which each layer's (k, v, keep) is appended, for a `Cache`
+        layers          a list to which each layer's (k, v, P, seen) is appended, for a `Cache`
 
         Raises ValueError if T > block_size.
         """
@@ -291,9 +315,9 @@ class Decoder(nn.Module):
                 f"this model wants at most {c.block_size} tokens, got {T} (--block-size, or shorten the prompt)"
             )
         x, rope = self.embed(idx, torch.arange(T, device=idx.device))
-        at = None
+        at = keep = None
         if tuner is not None:
-            x, at = tuner.embed(x, instr)  # soft tokens among the embeddings; at (B, T) says where the tokens went
+            x, at, keep = tuner.embed(x, instr)  # soft tokens among the embeddings; at (B, T): where the tokens went
         if at is not None:
             real = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device).scatter(1, at, 1)
             instr = torch.zeros_like(real).scatter(1, at, instr.long()).bool()
@@ -301,11 +325,10 @@ class Decoder(nn.Module):
                 rope = self.rotary(real.cumsum(1) - real)
         for l, block in enumerate(self.h):
             slots = tuner.kv(block, l, x, instr) if tuner is not None else None
-            x, (k, v) = block(x, rope, slots)
+            seen = places(slots, keep, x)
+            x, (k, v) = block(x, rope, slots, seen)
             if layers is not None:
-                P = 0 if slots is None else slots[0].shape[2]
-                all_slots = torch.ones(B, P, dtype=torch.bool, device=x.device)
-                layers.append((k, v, all_slots if slots is None or slots[2] is None else slots[2]))
+                layers.append((k, v, k.shape[2] - x.shape[1], seen))
         if at is not None:
             # What follows token t is read off the place before token t+1, where a soft token may stand.
             before_next = F.pad(at[:, 1:], (0, 1), value=x.shape[1]) - 1
@@ -330,10 +353,10 @@ class Decoder(nn.Module):
         instr = torch.arange(idx.shape[1], device=idx.device) < length[:, None]
         layers = []
         x = self.hidden(idx, instr, tuner, layers)
-        k, _, slots = layers[0]
-        soft = k.shape[2] - slots.shape[1] - idx.shape[1]  # soft tokens among the embeddings: they take up room too
+        k, _, P, _ = layers[0]
+        soft = k.shape[2] - P - idx.shape[1]  # soft tokens among the embeddings: they take up room too
         rows = torch.arange(len(idx), device=idx.device)
-        return self.head(x[rows, length - 1]), Cache(layers, length + soft, length, room)
+        return self.head(x[rows, length - 1]), Cache(layers, idx.shape[1] + soft, length + soft, length, room)
 
     @torch.no_grad()
     def step(self, idx, cache):
@@ -365,12 +388,14 @@ def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 
 
 @torch.no_grad()
-def generate(model, prompts, tuner=None, max_new=64, stop=None, seed=0, **sampling):
+def generate(model, prompts, tuner=None, max_new=64, stop=None, seed=0, beams=1, length_penalty=1.0, **sampling):
     """Continue several prompts at once.
 
-    prompts    lists of token ids, of any lengths
-    stop       id at which a row ends (it is left out of the result)
-    sampling   temperature, top_k, top_p of `pick`
+    prompts          lists of token ids, of any lengths
+    stop             id at which a row ends (it is left out of the result)
+    beams            with more than one: the best of what a beam search of this width finds
+    length_penalty   of the beam search, see `search`
+    sampling         temperature, top_k, top_p of `pick`
 
     Returns the new tokens, a list per prompt.  Raises ValueError for an empty prompt and for one that leaves no room.
     """
@@ -382,11 +407,15 @@ def generate(model, prompts, tuner=None, max_new=64, stop=None, seed=0, **sampli
             f"a prompt of {longest} tokens and {max_new} new ones: this model has room for {model.config.block_size}"
             " (--max-new, or shorten the prompt)"
         )
+    if beams < 1 or beams > 1 and sampling.get("temperature"):
+        raise ValueError(f"a beam search draws nothing: give {beams} beams or a temperature, not both")
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     idx = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
     length = torch.tensor([len(p) for p in prompts], device=device)
     logits, cache = model.prefill(idx, length, tuner, max_new)
+    if beams > 1:
+        return search(model, logits, cache, beams, max_new, stop, length_penalty)
     out, done = [[] for _ in prompts], [False] * len(prompts)
     for i in range(max_new):
         new = pick(logits, generator=generator, **sampling)
@@ -398,3 +427,39 @@ def generate(model, prompts, tuner=None, max_new=64, stop=None, seed=0, **sampli
             break
         logits = model.step(new, cache)
     return out
+
+
+def search(model, logits, cache, K, max_new, stop, length_penalty):
+    """Beam search from `prefill`'s logits (B, V) and cache: the new tokens, a list per row.
+
+    Each row keeps the K hypotheses that are best by  log p(tokens) / n^length_penalty,  n their number with the stop.
+    One that has stopped stays as it is, and must hold its place against those that go on.
+    """
+    (B, V), device = logits.shape, logits.device
+    first = torch.arange(B, device=device)[:, None] * K  # a row's hypotheses are neighbours
+    cache.take(torch.arange(B, device=device).repeat_interleave(K))
+    logits = logits.repeat_interleave(K, 0)
+    score = torch.full((B, K), float("-inf"), device=device)  # log p; at first there is one hypothesis, the empty one
+    score[:, 0] = 0
+    done, n = torch.zeros(B, K, dtype=torch.bool, device=device), torch.zeros(B, K, device=device)
+    tokens = torch.empty(B, K, 0, dtype=torch.long, device=device)
+    as_it_is = torch.full((V,), float("-inf"), device=device)
+    as_it_is[0] = 0  # the one way in which what has stopped goes on
+    for i in range(max_new):
+        log_p = logits.float().log_softmax(-1).unflatten(0, (B, K))
+        log_p = torch.where(done[..., None], as_it_is, log_p)  # (B, K, V)
+        n = n + ~done
+        rank = (score[..., None] + log_p) / n[..., None] ** length_penalty
+        best = rank.flatten(1).topk(K).indices  # (B, K)
+        beam, new = best // V, best % V
+        score = (score[..., None] + log_p).flatten(1).gather(1, best)
+        done, n = done.gather(1, beam), n.gather(1, beam)
+        tokens = tokens.gather(1, beam[..., None].expand(-1, -1, i))
+        tokens = torch.cat((tokens, new.masked_fill(done, -1)[..., None]), 2)
+        if stop is not None:
+            done = done | (new == stop)
+        if done.all() or i == max_new - 1:
+            break
+        cache.take((first + beam).flatten())
+        logits = model.step(new.flatten(), cache)
+    return [[t for t in row if t not in (-1, stop)] for row in tokens[:, 0].tolist()]

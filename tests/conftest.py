@@ -60,7 +60,7 @@ def small_tuner(method, model, given=()):
     torch.manual_seed(0)
     tuner = build(method, model.config, given)
     tuner.attach(model)
-    return shake(tuner, 0.1)
+    return shake(tuner, 0.1).eval()
 
 
 def right_padded(lengths, width, vocab=50, seed=0):

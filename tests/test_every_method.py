@@ -14,9 +14,9 @@ from model import generate
 
 # Options beyond the defaults that the tests below should see too.
 VARIANTS = {
-    "iapt": ["space=hidden static=0 norm=0", "share=2 activation=gelu P=3"],
-    "static": ["space=hidden P=3"],
-    "lora": ["on=qkv r=2"],
+    "iapt": ["space=hidden static=0 norm=0", "share=2 activation=gelu P=3", "pool=mean one_act=1", "pool=last"],
+    "dynamic": ["length=1 pool=3", "position=task P=4", "position=before length=1"],
+    "lora": ["on=all r=2"],
 }
 CASES = [(arch, method, given) for arch in ARCHS for method in METHODS for given in ["", *VARIANTS.get(method, [])]]
 
@@ -122,7 +122,7 @@ def test_saved_and_loaded_gives_the_same_logits(tuned, tmp_path):
     meta = {"method": tuned.method, "options": tuned.given, "init": "", "base": ""}
     save_tuner(tmp_path / "t.pt", tuned.tuner, meta)
     model = small_model(tuned.arch)
-    loaded = build(tuned.method, model.config, tuned.given)
+    loaded = build(tuned.method, model.config, tuned.given).eval()
     loaded.attach(model)
     loaded.load_state_dict(load_tuner(tmp_path / "t.pt")["tuner"])
     assert torch.equal(model(idx, instr, loaded), wanted)

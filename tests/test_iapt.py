@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import right_padded, shake, small_model, small_tuner
 
-from iapt import IAPT, Rational, RationalFunction, attention_pool
-from model import Config
+from iapt import IAPT, POOLS, Rational, RationalFunction, last_pool, mean_pool
+from model import Config, places
 
 
 @pytest.mark.parametrize("degrees", [(6, 5), (5, 4), (3, 3), (1, 1), (0, 1), (2, 6)])
@@ -61,11 +61,13 @@ def test_only_x_and_the_coefficients_are_kept_for_the_backward_pass():
 def test_pooling_weights_are_a_distribution_over_the_instruction():
     z, w = torch.randn(2, 8, 5), torch.randn(5, 4)
     _, instr = right_padded([6, 3], 8)
-    pooled, weights = attention_pool(z, w, instr)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4))
-    assert (weights * ~instr[:, None]).abs().max() == 0
-    alone, _ = attention_pool(z[1:, :3], w, instr[1:, :3])
-    torch.testing.assert_close(pooled[1:], alone)
+    for pool in POOLS.values():
+        weights = pool(z, w, instr)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
+        assert (weights * ~instr[:, None]).abs().max() == 0
+        torch.testing.assert_close(weights[1:, :, :3], pool(z[1:, :3], w, instr[1:, :3]))
+    torch.testing.assert_close((mean_pool(z, w, instr) @ z)[1, 0], z[1, :3].mean(0))
+    torch.testing.assert_close((last_pool(z, w, instr) @ z)[1, 0], z[1, 2])
 
 
 def test_the_paper_s_form_has_the_parameter_count_from_which_it_was_inferred():
@@ -107,7 +109,7 @@ def test_a_slot_that_is_not_kept_does_not_act(model):
     x, rope = model.embed(idx, torch.arange(5))
     k, v = block.soft_kv(torch.randn(2, 4, 32))
     keep = torch.tensor([[True] * 4, [True, False, True, False]])
-    y, _ = block(x, rope, (k, v, keep))
+    y, _ = block(x, rope, (k, v, keep), places((k, v, keep), None, x))
     fewer, _ = block(x[1:], rope, (k[1:, :, ::2], v[1:, :, ::2], None))
     torch.testing.assert_close(y[1:], fewer)
     assert not torch.allclose(y, block(x, rope, (k, v, None))[0])

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import shared, small_model
+from conftest import shared, small_model, small_tuner
 
 import weights
 from data import Tokenizer
 from iapt import Tuner
-from model import Config, generate, pick
+from model import Config, generate, pick, search
 
 
 def test_a_row_stops_at_its_own_end_and_the_others_go_on(model):
@@ -33,6 +33,46 @@ def test_sampling_keeps_to_the_top_k_and_to_the_mass_top_p():
     assert set(pick(logits, 1.0, top_p=1e-6, generator=g).tolist()) == {0}
     share = pick(logits, 1.0, generator=g).bincount(minlength=4) / 4000
     torch.testing.assert_close(share, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03, rtol=0)
+
+
+def log_p_of(model, prompt, new, tuner=None):
+    idx = torch.tensor([prompt + new])
+    log_p = model(idx, torch.arange(idx.shape[1])[None] < len(prompt), tuner)[0].log_softmax(-1)
+    return sum(log_p[len(prompt) - 1 + i, token].item() for i, token in enumerate(new))
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_continuations(penalty):
+    """Four tokens, three steps, token 0 ends a text: the best of them all, counted out."""
+    model, prompts = small_model("gpt2", vocab_size=4), [[1, 2, 3], [2]]
+    found = generate(model, prompts, max_new=3, stop=0, beams=64, length_penalty=penalty)
+    for prompt, new in zip(prompts, found):
+        every = [[0]] + [[a, 0] for a in (1, 2, 3)] + [[a, b, c] for a in (1, 2, 3) for b in (1, 2, 3) for c in range(4)]
+        best = max(every, key=lambda new: log_p_of(model, prompt, new) / len(new) ** penalty)
+        assert new == [t for t in best if t]
+
+
+def test_one_beam_is_greedy_and_five_find_likelier_texts(model):
+    prompts, gained = [[3, 1, 4, 1, 5], [9, 2], [6]], []
+    for method in ("iapt", "prompt", "lora"):
+        tuner = small_tuner(method, model)
+        greedy = generate(model, prompts, tuner, max_new=6)
+        assert search(model, *model.prefill(*padded(prompts), tuner, 6), 1, 6, None, 1.0) == greedy
+        wide = generate(model, prompts, tuner, max_new=6, beams=5)
+        gained += [log_p_of(model, p, b, tuner) - log_p_of(model, p, a, tuner) for p, a, b in zip(prompts, greedy, wide)]
+        tuner.detach()
+    assert min(gained) > -1e-3 and max(gained) > 0.1
+
+
+def padded(prompts):
+    n = max(map(len, prompts))
+    return torch.tensor([p + [0] * (n - len(p)) for p in prompts]), torch.tensor([len(p) for p in prompts])
+
+
+def test_a_beam_search_of_several_rows_is_that_of_each_row_alone(model):
+    prompts = [[3, 1, 4, 1, 5], [9, 2], [6]]
+    how = dict(max_new=8, beams=3, stop=7)
+    assert generate(model, prompts, **how) == [generate(model, [p], **how)[0] for p in prompts]
 
 
 def test_too_long_a_prompt_is_refused_with_both_numbers(model):
@@ -89,7 +129,7 @@ class Around(Tuner):
         at = token + 2 + (token >= n)
         out = self.soft[2].expand(B, T + 3, C).clone()
         out[:, :2] = self.soft[:2]
-        return out.scatter(1, at[..., None].expand(B, T, C), x), at
+        return out.scatter(1, at[..., None].expand(B, T, C), x), at, None
 
 
 def test_soft_tokens_among_the_embeddings_are_as_if_they_were_tokens(model):
