@@ -45,7 +45,7 @@ class PTuning2(Tuner):
         super().__init__()
         self.head_dim = config.head_dim
         out = 2 * config.n_kv_head * config.head_dim
-        self.static = nn.ParameterList(torch.randn(positive(P=P), out) * 0.1 for _ in range(config.n_layer))
+        self.static = nn.ParameterList(torch.randn(P, out) * 0.1 for _ in range(config.n_layer))
 
     def kv(self, block, l, x, instr):
         return split_kv(self.static[l].expand(len(x), -1, -1), self.head_dim)
@@ -61,9 +61,7 @@ class Static(Tuner):
 
     def __init__(self, config, P: int = 16):
         super().__init__()
-        self.static = nn.ParameterList(
-            torch.randn(positive(P=P), config.n_embd) * 0.1 for _ in range(config.n_layer)
-        )
+        self.static = nn.ParameterList(torch.randn(P, config.n_embd) * 0.1 for _ in range(config.n_layer))
 
     def prompt(self, l, x, instr):
         return self.static[l].expand(len(x), -1, -1)
@@ -80,7 +78,6 @@ class PrefixTuning(Tuner):
 
     def __init__(self, config, P: int = 10, hidden: int = 512):
         super().__init__()
-        positive(P=P, hidden=hidden)
         self.config, out = config, 2 * config.n_kv_head * config.head_dim
         self.tokens = nn.Parameter(torch.randn(P, config.n_embd))
         self.down = nn.Linear(config.n_embd, hidden)
@@ -108,7 +105,7 @@ class PromptTuning(Tuner):
 
     def __init__(self, config, P: int = 20):
         super().__init__()
-        self.soft = nn.Parameter(torch.zeros(positive(P=P), config.n_embd))
+        self.soft = nn.Parameter(torch.zeros(P, config.n_embd))
 
     def attach(self, model):  # the paper's best start: embeddings of real tokens
         with torch.no_grad():
@@ -126,8 +123,8 @@ Position = Literal["before", "task", "instance"]
 class Dynamic(Tuner):
     """Dynamic prompting (arXiv 2303.02909): where P soft tokens stand, how many, and which is chosen, not fixed.
 
-        position   the first i of them before the instruction, the others after it: before (i = P), task (the logits of i
-                   are learned), instance (they are a linear function of the instruction's mean embedding)
+        position   the first i stand before the instruction, the others after it: before (i = P), task (the logits of
+                   i are learned), instance (they are a linear function of the instruction's mean embedding)
         length     how many of the P there are, by instance; the others are masked
         pool       so many prompts, mixed by instance
 
@@ -140,7 +137,7 @@ class Dynamic(Tuner):
     def __init__(self, config, P: int = 10, position: Position = "instance", length: bool = False, pool: int = 1):
         super().__init__()
         C = config.n_embd
-        self.soft = nn.Parameter(torch.zeros(positive(pool=pool), positive(P=P), C))
+        self.soft = nn.Parameter(torch.zeros(pool, P, C))
         self.mix = nn.Linear(C, pool) if pool > 1 else None
         self.count = nn.Linear(C, P + 1) if length else None
         self.split = nn.Linear(C, P + 1) if position == "instance" else None
@@ -228,7 +225,7 @@ class LoRA(Hooked):
         asked = list(names) if on == "all" else on.split(",")
         if set(asked) - set(names) or len(set(asked)) < len(asked):
             raise ValueError(f"lora's option on takes some of {','.join(names)}, or all; got {on!r}")
-        self.scale, self.on = alpha / positive(r=r), [names[site] for site in asked]
+        self.scale, self.on = alpha / r, [names[site] for site in asked]
         sites = [linear[name] for name in self.on] * config.n_layer
         self.A = nn.ParameterList(torch.empty(r, site.in_features) for site in sites)
         self.B = nn.ParameterList(torch.zeros(site.out_features, r) for site in sites)
@@ -262,9 +259,7 @@ class Adapter(Hooked):
     def __init__(self, config, m: int = 8):
         super().__init__()
         C, L = config.n_embd, config.n_layer
-        self.adapters = nn.ModuleList(
-            nn.Sequential(nn.Linear(C, positive(m=m)), nn.GELU(), nn.Linear(m, C)) for _ in range(2 * L)
-        )
+        self.adapters = nn.ModuleList(nn.Sequential(nn.Linear(C, m), nn.GELU(), nn.Linear(m, C)) for _ in range(2 * L))
         for adapter in self.adapters:
             nn.init.normal_(adapter[2].weight, std=1e-3)
             nn.init.zeros_(adapter[2].bias)
@@ -293,7 +288,7 @@ class Full(Tuner):
 
 
 class CaPT(Tuner):
-    """Context-aware prompt tuning (arXiv 2510.16670): a learned vector and the instruction's mean state, at every layer.
+    """CaPT (arXiv 2510.16670): a learned vector plus the instruction's mean state, at every layer.
 
     One soft token a layer, no generator: C L parameters.  (With P > 1, which the paper does not have, P of them.)
     """
@@ -302,7 +297,7 @@ class CaPT(Tuner):
 
     def __init__(self, config, P: int = 1):
         super().__init__()
-        self.p = nn.ParameterList(torch.randn(positive(P=P), config.n_embd) * 0.1 for _ in range(config.n_layer))
+        self.p = nn.ParameterList(torch.randn(P, config.n_embd) * 0.1 for _ in range(config.n_layer))
 
     def prompt(self, l, x, instr):
         return self.p[l] + mean_pool(x.float(), None, instr) @ x.float()  # (P, C) + (B, 1, C)
@@ -328,16 +323,11 @@ METHODS = {
 }  # fmt: skip
 
 
-def positive(**sizes):
-    """The value of its one argument, or of the last.  Raises ValueError if any is below 1."""
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
-
-
 def options(cls, name, given):
-    """['P=8', ...] -> {'P': 8}, checked against a class's arguments: names, types of the defaults, choices."""
+    """['P=8', ...] -> {'P': 8}, checked against a class's arguments: names, types of the defaults, choices.
+
+    A whole number is a size: at least 1, or 0 where that is the default.
+    """
     known = {k: p for k, p in inspect.signature(cls).parameters.items() if isinstance(p.default, (int, float, str))}
     out = {}
     for text in given:
@@ -353,6 +343,8 @@ def options(cls, name, given):
             raise ValueError(
                 f"{name}'s option {key} takes {'0 or 1' if kind is bool else 'a number'}, got {value!r}"
             ) from None
+        if kind is int and out[key] < min(1, known[key].default):
+            raise ValueError(f"{name}'s option {key} must be at least {min(1, known[key].default)}, got {value}")
         if choices and out[key] not in choices:
             raise ValueError(f"{name}'s option {key} can be {', '.join(map(str, choices))}; got {value!r}")
     return out

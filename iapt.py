@@ -229,8 +229,6 @@ class IAPT(Tuner):
         one_act: bool = False, pool: Pool = "attention", space: Space = "kv", static: bool = True, norm: bool = True,
     ):  # fmt: skip
         super().__init__()
-        if P < 1 or m < 0 or share < 1:
-            raise ValueError(f"iapt wants P >= 1, m >= 0 and share >= 1, got P={P} m={m} share={share}")
         self.space, self.head_dim, C, L = space, config.head_dim, config.n_embd, config.n_layer
         m, out = m or C // 8, C if space == "hidden" else 2 * config.n_kv_head * config.head_dim
         down = [nn.Linear(C, m, bias=False) for _ in range(0, L, share)]

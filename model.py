@@ -223,7 +223,7 @@ def slot_mask(T, S, seen, device):
 
 
 def places(slots, keep, x):
-    """(B, P + T): False where nobody may look, among P slots (k, v, keep) and T tokens x; None if there is no such place.
+    """(B, P + T): False where nobody may look, among P slots and T tokens x; None if there is no such place.
 
     keep (B, T) says it for the tokens, the third of `slots` for the slots; None: all may be looked at.
     """
@@ -309,11 +309,9 @@ class Decoder(nn.Module):
 
         Raises ValueError if T > block_size.
         """
-        (B, T), c = idx.shape, self.config
-        if T > c.block_size:
-            raise ValueError(
-                f"this model wants at most {c.block_size} tokens, got {T} (--block-size, or shorten the prompt)"
-            )
+        T, most = idx.shape[1], self.config.block_size
+        if T > most:
+            raise ValueError(f"this model wants at most {most} tokens, got {T} (--block-size, or shorten the prompt)")
         x, rope = self.embed(idx, torch.arange(T, device=idx.device))
         at = keep = None
         if tuner is not None:

@@ -36,6 +36,7 @@ def parse(argv=None):
     add("--init", help="the frozen model (default: the one of the training run)")
     add("--frozen", action="store_true", help="leave the tuning out: the frozen model alone")
     add("--max-new", type=int, default=0, help="most tokens to write (default: 64, or as many as fit)")
+    add("--beams", type=int, default=1, help="width of a beam search; 1 is greedy (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: all (default: %(default)s)")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (default: %(default)s)")
@@ -50,6 +51,8 @@ def parse(argv=None):
         parser.error(
             f"{len(args.input)} --input for {len(args.prompts)} instructions: give one for all, or one for each"
         )
+    if args.beams < 1 or args.beams > 1 and args.temperature:
+        parser.error("--beams is at least 1, and goes without --temperature")
     if args.max_new < 0 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
         parser.error("--max-new, --temperature and --top-k are at least 0, --top-p above 0 and at most 1")
     return args
@@ -84,7 +87,7 @@ def main(argv=None):
     def ask(instructions):
         inputs = args.input * len(instructions) if len(args.input) == 1 else args.input or [""] * len(instructions)
         rows = [{"instruction": text, "input": given} for text, given in zip(instructions, inputs)]
-        how = dict(seed=args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        how = dict(seed=args.seed, beams=args.beams, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
         return [" ".join(text.split()) for text in answer(model, tokenizer, rows, tuner, args.max_new, **how)]
 
     if args.prompts or not sys.stdin.isatty():

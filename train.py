@@ -7,16 +7,19 @@
 
 A run writes into --out: best.pt (what was trained, at the lowest validation loss), last.pt (to --resume), log.jsonl.
 
-A map: `parse`, the command line; `open_model`; `evaluate`; `train`, the loop; `main`, which scores before and after.
+A map: `parse`, the command line; `open_model`; `evaluate`; `train`, the loop; `begin`, what a run needs;
+`main`, which scores before and after.
 """
 
 import argparse
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +52,11 @@ def parse(argv=None):
     add("--batch-size", type=int, default=32, help=f"rows a step {or_}")
     add("--block-size", type=int, help="longest row in tokens (default: what the model takes)")
     add("--eval-every", type=int, default=100, help=f"steps between validations, each of which saves {or_}")
+    add("--train-rows", type=int, default=0, help=f"train on so many rows, drawn by --seed; 0: all {or_}")
     add("--val-rows", type=int, default=320, help=f"validate on at most so many rows; 0: all {or_}")
     add("--test-rows", type=int, default=0, help=f"test on at most so many rows of each test set; 0: all {or_}")
+    add("--bilevel", action="store_true", help="the activations' coefficients learn on a fifth of the training rows,"
+        " all else on the others, by turns")  # fmt: skip
     add("--device", default="auto", help=f"auto, cpu, cuda, cuda:1, ... {or_}")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help=f"of the frozen weights {or_}")
     add("--seed", type=int, default=0, help=or_)
@@ -58,8 +64,8 @@ def parse(argv=None):
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--force", action="store_true", help="start again over the run in --out")
     args = parser.parse_args(argv)
-    least = {"steps": 1, "batch_size": 1, "block_size": 2, "eval_every": 1, "val_rows": 0, "test_rows": 0, "seed": 0}
-    for name, value in {**least, "weight_decay": 0}.items():
+    least = {"steps": 1, "batch_size": 1, "block_size": 2, "eval_every": 1, "train_rows": 0, "val_rows": 0}
+    for name, value in {**least, "test_rows": 0, "seed": 0, "weight_decay": 0}.items():
         given = getattr(args, name)
         if given is not None and given < value:
             parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
@@ -162,7 +168,13 @@ def train(model, tuner, train_examples, val_examples, args, meta):
     last, best, log = (os.path.join(args.out, name) for name in FILES)
     optimizer = torch.optim.AdamW(tuner.groups(args.lr), weight_decay=args.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    batches = Batches(train_examples, args.batch_size, args.seed, model.config.block_size, model.wte.weight.device)
+    upper = {id(p) for p in tuner.upper()} if args.bilevel else set()
+    parts = [train_examples]
+    if args.bilevel:  # the rows of the lower level, and those of the upper
+        parts = [[e for i, e in enumerate(train_examples) if i % 5], train_examples[::5]]
+    levels = [
+        Batches(part, args.batch_size, args.seed, model.config.block_size, model.wte.weight.device) for part in parts
+    ]
     state = {"step": 0, "lowest": math.inf, "losses": []}  # losses since the last validation
     if args.resume:
         saved = resumable(last, meta)
@@ -190,15 +202,20 @@ def train(model, tuner, train_examples, val_examples, args, meta):
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * schedule(step, args.steps)
             tuner.train()
-            idx, targets, instr = batches.batch(step)
-            loss = model(idx, instr, tuner, targets)
-            state["losses"].append(check(loss.item(), step))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(tuner.parameters(), 1.0)
-            optimizer.step()
+            tuner.progress(step / args.steps)
+            for level, batches in enumerate(levels):
+                idx, targets, instr = batches.batch(step)
+                loss = model(idx, instr, tuner, targets)
+                state["losses"] += [check(loss.item(), step)] if level == 0 else []
+                optimizer.zero_grad()
+                loss.backward()
+                if upper:  # AdamW leaves alone what has no gradient
+                    for p in tuner.parameters():
+                        p.grad = p.grad if (id(p) in upper) == (level == 1) else None
+                torch.nn.utils.clip_grad_norm_(tuner.parameters(), 1.0)
+                optimizer.step()
+                tokens += (instr | (targets >= 0)).sum().item()  # without the padding
             state["step"] = done = step + 1
-            tokens += (instr | (targets >= 0)).sum().item()  # without the padding
             bar.update()
             if done % args.eval_every == 0 or done == args.steps:
                 row = {"step": done, "loss": sum(state["losses"]) / len(state["losses"])}
@@ -282,8 +299,13 @@ def examples_before_and_after(rows, before, after, method):
         yield ""
 
 
-def main(argv=None):
-    args = parse(argv)
+def begin(args):
+    """Open what a run needs, and check it.
+
+    Returns a namespace: model, tokenizer, tuner (not attached yet), rows and examples by name of the split, tests (the
+    names), meta (what a checkpoint says of the run), why (the weights have their dtype).  Sets args.lr where it was left
+    to the method.
+    """
     device, dtype, why = pick_device(args.device, args.dtype)
     scratch = args.init == "scratch"
     if scratch and args.method != "full":
@@ -297,11 +319,7 @@ def main(argv=None):
         raise FileExistsError(
             f"{args.out} holds a run: --resume goes on with it, --force starts again, --out names another folder"
         )
-
-    # The model, the data, the method.
-    torch.manual_seed(
-        args.seed
-    )  # for a model from scratch; and again below, for the method to be the same on any model
+    torch.manual_seed(args.seed)  # for a model from scratch; below again, for a method's start to be its own
     where = TINY if args.data == "tiny" else args.data
     if where == TINY and not os.path.exists(os.path.join(TINY, "train.jsonl")):
         print("making the data set tiny, once (python data/prepare.py tiny)")
@@ -309,19 +327,42 @@ def main(argv=None):
     model, tokenizer = open_model(args.init, args.o, device, dtype)
     block_size = min(args.block_size or model.config.block_size, model.config.block_size)
     rows = load(where)
-    rows = {
-        name: r if name == "train" else spread(r, args.val_rows if name == "val" else args.test_rows)
-        for name, r in rows.items()
-    }
+    most = {"val": args.val_rows, "train": 0}
+    rows = {name: spread(r, most.get(name, args.test_rows)) for name, r in rows.items()}
+    if 0 < args.train_rows < len(rows["train"]):
+        rows["train"] = random.Random(args.seed).sample(rows["train"], args.train_rows)
     examples = {name: encode(r, tokenizer, block_size) for name, r in rows.items()}
-    tests = [name for name in rows if name.startswith("test")]
     torch.manual_seed(args.seed)
     tuner = build(args.method, model.config, [] if scratch else args.o).to(device)
+    if args.bilevel and not tuner.upper():
+        raise ValueError(f"--bilevel: {args.method} with these options has no learned activation")
     args.lr = tuner.lr if args.lr is None else args.lr
     meta = {"method": args.method, "options": args.o, "init": args.init, "base": weights.fingerprint(model),
             "data": args.data, "seed": args.seed, "steps": args.steps, "lr": args.lr, "batch_size": args.batch_size,
-            "weight_decay": args.weight_decay, "eval_every": args.eval_every, "val_rows": args.val_rows,
-            "block_size": block_size, "dtype": str(dtype)}  # fmt: skip
+            "weight_decay": args.weight_decay, "eval_every": args.eval_every, "train_rows": args.train_rows,
+            "val_rows": args.val_rows, "bilevel": args.bilevel, "block_size": block_size,
+            "dtype": str(dtype)}  # fmt: skip
+    tests = [name for name in rows if name.startswith("test")]
+    return SimpleNamespace(
+        model=model, tokenizer=tokenizer, tuner=tuner, rows=rows, examples=examples, tests=tests, meta=meta, why=why
+    )
+
+
+def clear(args):
+    """Make the run's folder; with --force, remove the run that is in it."""
+    os.makedirs(args.out, exist_ok=True)
+    for name in FILES:
+        if args.force and os.path.exists(path := os.path.join(args.out, name)):
+            os.remove(path)
+
+
+def main(argv=None):
+    args = parse(argv)
+    session = begin(args)
+    model, tokenizer, tuner, rows, examples, tests = (
+        session.model, session.tokenizer, session.tuner, session.rows, session.examples, session.tests
+    )  # fmt: skip
+    device, dtype = model.wte.weight.device, model.wte.weight.dtype
 
     # Before: the frozen model alone.
     shown = [row for name in tests for row in spread(rows[name], 2)][:6]
@@ -332,26 +373,26 @@ def main(argv=None):
     everything = {id(p): p for p in (*model.parameters(), *tuner.parameters())}.values()
     total, trained = sum(p.numel() for p in everything), sum(p.numel() for p in tuner.parameters())
     print(f"{args.method}: {trained:,} of {total / 1e6:.2f}M parameters train ({trained / total:.2%})")
-    kept = "all of it trains, in float32" if args.method == "full" else f"frozen in {str(dtype)[6:]} ({why})"
+    kept = "all of it trains, in float32" if args.method == "full" else f"frozen in {str(dtype)[6:]} ({session.why})"
     print(f"{args.init} on {device}, {kept}")
     print(f"{args.data}: {', '.join(f'{name} {len(r):,}' for name, r in rows.items())} rows")
     if args.compile:
         model.hidden = torch.compile(model.hidden)
-    os.makedirs(args.out, exist_ok=True)
-    for path in files:
-        if args.force and os.path.exists(path):
-            os.remove(path)
-    best = train(model, tuner, examples["train"], examples["val"], args, meta)
+    clear(args)
+    best = train(model, tuner, examples["train"], examples["val"], args, session.meta)
 
     # After.
-    fill(tuner, best, files[1])
+    path = os.path.join(args.out, "best.pt")
+    fill(tuner, best, path)
     after = {name: evaluate(model, examples[name], tuner) for name in tests}
     texts.append(answer(model, tokenizer, shown, tuner))
-    path, size = files[1], os.path.getsize(files[1]) / 1000
+    size = os.path.getsize(path) / 1000
     print("\n" + "\n".join(table(before, after, args.method, {name: len(rows[name]) for name in tests})))
     print("\n" + "\n".join(examples_before_and_after(shown, *texts, args.method)))
     print(f"saved {path}: what was trained, nothing frozen (step {best['step']}, {size:,.0f} kB)")
-    if scratch:  # in fp16: half the bytes, and rounding that is small beside what training leaves to chance
+    if (
+        args.init == "scratch"
+    ):  # in fp16: half the bytes, and rounding that is small beside what training leaves to chance
         weights.save(args.out, model, torch.float16)
         shutil.copy(os.path.join(TINY, "words.json"), args.out)
         print(f"saved the model, too, as a Hugging Face folder: python train.py --init {args.out}")

@@ -47,7 +47,9 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_continuations(penalty)
     model, prompts = small_model("gpt2", vocab_size=4), [[1, 2, 3], [2]]
     found = generate(model, prompts, max_new=3, stop=0, beams=64, length_penalty=penalty)
     for prompt, new in zip(prompts, found):
-        every = [[0]] + [[a, 0] for a in (1, 2, 3)] + [[a, b, c] for a in (1, 2, 3) for b in (1, 2, 3) for c in range(4)]
+        every = (
+            [[0]] + [[a, 0] for a in (1, 2, 3)] + [[a, b, c] for a in (1, 2, 3) for b in (1, 2, 3) for c in range(4)]
+        )
         best = max(every, key=lambda new: log_p_of(model, prompt, new) / len(new) ** penalty)
         assert new == [t for t in best if t]
 
@@ -59,7 +61,9 @@ def test_one_beam_is_greedy_and_five_find_likelier_texts(model):
         greedy = generate(model, prompts, tuner, max_new=6)
         assert search(model, *model.prefill(*padded(prompts), tuner, 6), 1, 6, None, 1.0) == greedy
         wide = generate(model, prompts, tuner, max_new=6, beams=5)
-        gained += [log_p_of(model, p, b, tuner) - log_p_of(model, p, a, tuner) for p, a, b in zip(prompts, greedy, wide)]
+        gained += [
+            log_p_of(model, p, b, tuner) - log_p_of(model, p, a, tuner) for p, a, b in zip(prompts, greedy, wide)
+        ]
         tuner.detach()
     assert min(gained) > -1e-3 and max(gained) > 0.1
 

@@ -16,7 +16,7 @@ from conftest import ROOT, shared
 
 import sample
 import train
-from baselines import load_tuner
+from baselines import METHODS, load_tuner
 from data import encode, load, prepare, run
 from model import generate
 
@@ -71,6 +71,28 @@ def test_the_same_seed_is_the_same_run_and_another_seed_another(rows, tmp_path):
     a, b, c = (tensors(tmp_path / name) for name in "abc")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def test_bilevel_learns_the_coefficients_on_the_held_out_rows_and_all_else_on_the_others(rows, tmp_path, monkeypatch):
+    """By turns: a step of either level leaves the parameters and the optimizer state of the other as they are."""
+    seen, real = [], torch.optim.AdamW.step
+
+    def step(optimizer):
+        before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+        real(optimizer)
+        now = [p for group in optimizer.param_groups for p in group["params"]]
+        seen.append({id(p) for p, b in zip(now, before) if not torch.equal(p, b)})
+
+    built, batches, real_build, real_batches = [], [], train.build, train.Batches
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(train, "build", lambda *args: built.append(real_build(*args)) or built[-1])
+    monkeypatch.setattr(train, "Batches", lambda *args: batches.append(args[0]) or real_batches(*args))
+    train.main([*SMALL, "--bilevel", "--data", rows, "--out", str(tmp_path / "x")])
+    upper = {id(p) for p in built[0].upper()}
+    assert len(seen) == 12 and all(changed == upper for changed in seen[1::2])
+    assert all(changed and not changed & upper for changed in seen[0::2])
+    lower_rows, upper_rows = batches
+    assert len(upper_rows) * 4 == len(lower_rows) and not [e for e in upper_rows if any(e is x for x in lower_rows)]
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(rows, tmp_path, monkeypatch):
@@ -177,7 +199,7 @@ def cli(script, *args):
         (train, ["--method", "foo"], "no method 'foo'. There are: iapt, static"),
         (train, ["-o", "p=4"], "iapt has no option 'p'. It has: P=4, m=0, share=1"),
         (train, ["-o", "P=four"], "option P takes a number, got 'four'"),
-        (train, ["-o", "P=0"], "P=0"),
+        (train, ["-o", "P=0"], "option P must be at least 1, got 0"),
         (train, ["-o", "space=air"], "space can be kv, hidden; got 'air'"),
         (train, ["-o", "static=maybe"], "static takes 0 or 1, got 'maybe'"),
         (train, ["--init", "nowhere"], "no model at nowhere"),
@@ -191,7 +213,11 @@ def cli(script, *args):
         (train, ["--val-rows", "-1"], "--val-rows must be at least 0, got -1"),
         (train, ["--device", "foo"], "--device foo: there is no such device"),
         (train, ["--out", "README.md"], "--out README.md is a file"),
-        (train, ["--method", "lora", "-o", "r=0"], "lora wants r >= 1"),
+        (train, ["--method", "lora", "-o", "r=0"], "lora's option r must be at least 1, got 0"),
+        (train, ["--method", "lora", "-o", "on=q,w"], "takes some of q,k,v,o,gate,up,down, or all; got 'q,w'"),
+        (train, ["-o", "m=-1"], "iapt's option m must be at least 0, got -1"),
+        (train, ["--bilevel", "--method", "lora"], "--bilevel: lora with these options has no learned activation"),
+        (sample, ["x.pt", "x", "--beams", "2", "--temperature", "1"], "goes without --temperature"),
         (train, ["--init", "scratch"], "add --method full"),
         (train, ["--init", "scratch", "--method", "full", "-o", "n_head=3"], "n_embd"),
         (sample, ["nowhere.pt", "x"], "no checkpoint at nowhere.pt. Run: python train.py"),
@@ -210,7 +236,7 @@ def test_a_command_that_fails_prints_one_line_and_exits_with_1():
     command = [sys.executable, os.path.join(ROOT, "train.py"), "--method", "foo", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "error: no method 'foo'. There are: iapt, static, lora, full, mine\n"
+    assert done.stderr == f"error: no method 'foo'. There are: {', '.join(METHODS)}\n"
 
 
 def test_an_over_long_question_is_one_line(trained):

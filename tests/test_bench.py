@@ -1,0 +1,130 @@
+"""The comparison of methods: budgets, the search of rates, what it may see, and going on after a break."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from test_train import SMALL, rows  # noqa: F401  (a fixture)
+
+import bench
+import train
+from model import Config
+
+CONFIGS = {
+    "tiny": Config(arch="llama", vocab_size=1000, n_layer=4, n_head=4, n_embd=128),
+    "gpt2": Config(vocab_size=14019, block_size=256, n_layer=8, n_head=16, n_embd=128),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, row in bench.ROWS.items() if row[2]])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_size_is_the_one_nearest_to_the_budget(config, name):
+    method, _, size, most = bench.ROWS[name]
+    for budget in (1, 20_000, 100_000):
+        options, n = bench.sized(config, name, budget)
+        at = int(options[-1].removeprefix(f"{size}="))
+        assert 1 <= at <= most
+        for other in {max(1, at - 1), min(most, at + 1)}:
+            there = bench.count(config, method, [*options[:-1], f"{size}={other}"])
+            assert abs(there - budget) >= abs(n - budget)
+
+
+@pytest.mark.parametrize("best", [0.01, 0.02, 0.005, 0.16, 0.000625])
+def test_the_search_climbs_to_the_best_rate_and_the_rates_beside_it(best):
+    """A valley in the rate, centred anywhere: it ends with a rate on either side of the lowest."""
+    quality = object.__new__(bench.Quality)
+    quality.args, quality.rates = SimpleNamespace(lr=None), {}
+    quality.bar = SimpleNamespace(total=0)
+    quality.trained = lambda name, lr, seed: {"val": max(lr / best, best / lr)}
+    found = quality.search("iapt")
+    lowest = min(found, key=found.get)
+    assert lowest == pytest.approx(best) and min(found) < lowest < max(found)
+
+
+def test_a_comparison_scores_the_chosen_rate_alone_and_goes_on_after_a_break(tmp_path, monkeypatch, capsys):
+    calls, stop = [], 6
+
+    def pretend(f, folder, threads, *args):
+        calls.append((f.__name__, os.path.relpath(folder, tmp_path)))
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        os.makedirs(folder, exist_ok=True)
+        if f is bench.train_one:
+            lr = float(args[0][args[0].index("--lr") + 1])
+            made = {"val": abs(lr - 0.1), "lr": lr, "trainable": 100, "tokens_per_s": 1, "peak_bytes": 1}
+            bench.write(os.path.join(folder, "trained.json"), made)
+        else:
+            bench.write(os.path.join(folder, "scores.json"), {"test": {"nats": float(len(calls))}})
+
+    monkeypatch.setattr(bench, "alone", pretend)
+    argv = ["quality", "--methods", "ptuning2,capt", "--budget", "4096", "--seeds", "2", "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(argv)
+    stop, before = None, len(calls)
+    bench.main(argv)
+    assert calls[before] == calls[5]  # it goes on with what was interrupted, and does nothing else again
+    assert len(calls) - 1 == len(set(calls))
+    with open(tmp_path / "quality.json", encoding="utf-8") as f:
+        written = json.load(f)["rows"]
+    for row in written[1:]:
+        scored = [p.parent.name for p in tmp_path.glob(f"{row['method']}/*/scores.json")]
+        assert row["lr"] == 0.1 and sorted(scored) == ["lr0.1-seed0", "lr0.1-seed1"]
+    assert "capt cannot match the budget: 100 parameters, -98%" in capsys.readouterr().out
+    count = len(calls)
+    bench.main([*argv, "--seeds", "3"])
+    assert len(calls) == count + 4  # a third seed of two methods, trained and scored
+
+
+def test_a_run_of_the_comparison_is_the_run_of_train_py(rows, tmp_path):  # noqa: F811
+    argv = [*SMALL, "--data", rows, "--method", "ptuning2", "-o", "P=2", "--lr", "0.05"]
+    told = train.main([*argv, "--out", str(tmp_path / "a")])
+    os.makedirs(tmp_path / "b")
+    bench.train_one(argv, str(tmp_path / "b"))
+    bench.score_one(argv, str(tmp_path / "b"), "exact", 1)
+    scores = bench.read(tmp_path / "b" / "scores.json")
+    for name, (exact, nats) in told["after"].items():
+        assert scores[name] == {"nats": nats, "exact %": 100 * exact}
+    assert bench.read(tmp_path / "b" / "trained.json")["trainable"] == 2 * 4 * 256
+    os.makedirs(tmp_path / "none")
+    bench.score_one(argv, str(tmp_path / "none"), "exact", 1)
+    frozen = bench.read(tmp_path / "none" / "scores.json")
+    assert {name: s["nats"] for name, s in frozen.items()} == {name: nats for name, (_, nats) in told["before"].items()}
+
+
+def test_a_failed_run_is_one_line_with_its_reason(tmp_path):
+    with pytest.raises(ValueError, match="a run failed: .*no data at nowhere"):
+        bench.alone(bench.train_one, str(tmp_path / "run"), 1, ["--data", "nowhere"], str(tmp_path / "run"))
+
+
+def test_bleu_and_rouge_take_the_best_of_several_references():
+    pytest.importorskip("sacrebleu", reason="pip install sacrebleu rouge-score")
+    pytest.importorskip("rouge_score", reason="pip install sacrebleu rouge-score")
+    refs = [["a pub by the river in the city centre .", "The Mill is a pub by the river ."], ["no , not at all ."]]
+    right = bench.bleu_and_rouge(["the mill is a pub by the river .", "no , not at all ."], refs)
+    assert right["BLEU"] == pytest.approx(100) and right["ROUGE-L"] == pytest.approx(100)
+    wrong = bench.bleu_and_rouge(["the river is a mill by the pub .", "yes ."], refs)
+    assert wrong["BLEU"] < 50 and wrong["ROUGE-L"] < 50
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--methods", "iapt,lore"], "no method 'lore'"),
+        (["--budget", "0"], "--budget must be at least 1"),
+        (["--seed", "3"], "--seed is for bench.py to set"),
+        (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
+    ],
+)
+def test_a_wrong_option_is_named(argv, says, capsys):
+    with pytest.raises(SystemExit) as e:
+        bench.main(["quality", *argv])
+    assert e.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_every_method_but_the_example_is_in_the_comparison():
+    from baselines import METHODS
+
+    assert {row[0] for row in bench.ROWS.values()} == set(METHODS)
+    assert os.path.exists(os.path.join(ROOT, "bench.py"))
