@@ -63,6 +63,7 @@ def parse(argv=None):
         help="each method's rate from the quality.json of another run, in place of the search",
     )
     add("--metric", default="exact", choices=METRICS, help=f"beside the loss: {', '.join(METRICS)} {or_}")
+    add("--texts", type=int, default=0, help="write at most so many texts of a test set for --metric bleu; 0: all")
     add("--beams", type=int, default=3, help=f"for the texts of --metric bleu {or_}")
     add("--jobs", type=int, default=1, help=f"runs side by side {or_}")
     add("--out", default="out/bench", help=or_)
@@ -139,10 +140,11 @@ def train_one(argv, folder):
     os.remove(path)  # its optimizer state is three times the size of the rest
 
 
-def score_one(argv, folder, metric, beams):
+def score_one(argv, folder, metric, texts, beams):
     """Score best.pt on the test sets, or the frozen model alone if there is none; leaves scores.json."""
     best = os.path.join(folder, "best.pt")
     args = train.parse([*argv, "--out", os.path.join(folder, "scores")])
+    args.test_rows, most = 0, args.test_rows  # all of them: a text is compared with all its references
     session = train.begin(args)
     tuner = None
     if os.path.exists(best):
@@ -152,23 +154,24 @@ def score_one(argv, folder, metric, beams):
         tuner.eval()
     scores = {}
     for name in session.tests:
-        exact, nats = train.evaluate(session.model, session.examples[name], tuner)
+        exact, nats = train.evaluate(session.model, train.spread(session.examples[name], most), tuner)
         scores[name] = {"nats": nats}
         if metric == "exact":
             scores[name]["exact %"] = 100 * exact
         if metric == "bleu":
-            texts, references = answers(session, name, tuner, beams)
-            scores[name].update(bleu_and_rouge(texts, references))
-            write(os.path.join(folder, f"{name}.texts.json"), texts)
+            said, references = answers(session, name, tuner, texts, beams)
+            scores[name].update(bleu_and_rouge(said, references))
+            write(os.path.join(folder, f"{name}.texts.json"), said)
     write(os.path.join(folder, "scores.json"), scores)
 
 
-def answers(session, name, tuner, beams, size=32):
-    """An answer to each different prompt of a test set, and all outputs that the set has for it."""
+def answers(session, name, tuner, most, beams, size=32):
+    """An answer to each different prompt of a test set (to `most` of them), and all outputs that the set has for it."""
     groups = {}
     for row in session.rows[name]:
         groups.setdefault(template(row), []).append(row)
-    rows, texts = sorted((group[0] for group in groups.values()), key=lambda row: len(template(row))), []
+    rows, texts = train.spread([group[0] for group in groups.values()], most), []
+    rows.sort(key=lambda row: len(template(row)))
     for i in range(0, len(rows), size):
         texts += train.answer(session.model, session.tokenizer, rows[i : i + size], tuner, beams=beams)
     return texts, [[row["output"] for row in groups[template(row)]] for row in rows]
@@ -256,7 +259,7 @@ class Quality:
         folder = os.path.join(self.args.out, name, f"lr{lr:.3g}-seed{seed}")
         path = os.path.join(folder, "scores.json")
         if not os.path.exists(path):
-            how = self.args.metric, self.args.beams
+            how = self.args.metric, self.args.texts, self.args.beams
             alone(score_one, folder, self.threads, self.argv(name, lr, seed), folder, *how)
         return read(path)
 
@@ -295,7 +298,8 @@ class Quality:
         folder = os.path.join(self.args.out, "frozen")
         path = os.path.join(folder, "scores.json")
         if not os.path.exists(path):
-            alone(score_one, folder, self.threads, self.args.rest, folder, self.args.metric, self.args.beams)
+            how = self.args.metric, self.args.texts, self.args.beams
+            alone(score_one, folder, self.threads, self.args.rest, folder, *how)
         scores = {test: {key: spread([x]) for key, x in s.items()} for test, s in read(path).items()}
         return {"method": "frozen", "options": "", "trainable": 0, "lr": None, "scores": scores}
 

@@ -302,9 +302,9 @@ def examples_before_and_after(rows, before, after, method):
 def begin(args):
     """Open what a run needs, and check it.
 
-    Returns a namespace: model, tokenizer, tuner (not attached yet), rows and examples by name of the split, tests (the
-    names), meta (what a checkpoint says of the run), why (the weights have their dtype).  Sets args.lr where it was left
-    to the method.
+    Returns a namespace: model, tokenizer, tuner (not attached yet), rows and examples (by split), tests (names of
+    splits), meta (what a checkpoint says of the run), why (the weights have their dtype).  Sets args.lr where it was
+    left to the method.
     """
     device, dtype, why = pick_device(args.device, args.dtype)
     scratch = args.init == "scratch"

@@ -82,13 +82,13 @@ def test_a_run_of_the_comparison_is_the_run_of_train_py(rows, tmp_path):  # noqa
     told = train.main([*argv, "--out", str(tmp_path / "a")])
     os.makedirs(tmp_path / "b")
     bench.train_one(argv, str(tmp_path / "b"))
-    bench.score_one(argv, str(tmp_path / "b"), "exact", 1)
+    bench.score_one(argv, str(tmp_path / "b"), "exact", 0, 1)
     scores = bench.read(tmp_path / "b" / "scores.json")
     for name, (exact, nats) in told["after"].items():
         assert scores[name] == {"nats": nats, "exact %": 100 * exact}
     assert bench.read(tmp_path / "b" / "trained.json")["trainable"] == 2 * 4 * 256
     os.makedirs(tmp_path / "none")
-    bench.score_one(argv, str(tmp_path / "none"), "exact", 1)
+    bench.score_one(argv, str(tmp_path / "none"), "exact", 0, 1)
     frozen = bench.read(tmp_path / "none" / "scores.json")
     assert {name: s["nats"] for name, s in frozen.items()} == {name: nats for name, (_, nats) in told["before"].items()}
 
