@@ -107,7 +107,7 @@ class PromptTuning(Tuner):
         super().__init__()
         self.soft = nn.Parameter(torch.zeros(P, config.n_embd))
 
-    def attach(self, model):  # the paper's best start: embeddings of real tokens
+    def start(self, model):  # the paper's best: embeddings of real tokens
         with torch.no_grad():
             self.soft.copy_(model.wte.weight[torch.randint(len(model.wte.weight), (len(self.soft),))])
 
@@ -144,7 +144,7 @@ class Dynamic(Tuner):
         self.logits = nn.Parameter(torch.zeros(P + 1)) if position == "task" else None
         self.register_buffer("tau", torch.tensor(1.0), persistent=False)
 
-    def attach(self, model):
+    def start(self, model):
         with torch.no_grad():
             self.soft.copy_(model.wte.weight[torch.randint(len(model.wte.weight), self.soft.shape[:2])])
 
@@ -265,12 +265,19 @@ class Adapter(Hooked):
             nn.init.zeros_(adapter[2].bias)
         self.norms = nn.ModuleList(norm(config) for _ in range(2 * L + 1))
 
-    def attach(self, model):
-        for linear, adapter in zip([m for block in model.h for m in (block.attn.o, block.mlp)], self.adapters):
-            self.hook(linear, lambda x, y, adapter=adapter: y + adapter(y.float()))
-        norms = [m for block in model.h for m in (block.ln_1, block.ln_2)] + [model.ln_f]
-        for frozen, ours in zip(norms, self.norms, strict=True):  # a copy of ours trains; the model's stays as it is
+    def pairs(self, model):
+        """(the model's norm, ours): ours train, the model's stay as they are."""
+        frozen = [m for block in model.h for m in (block.ln_1, block.ln_2)] + [model.ln_f]
+        return zip(frozen, self.norms, strict=True)
+
+    def start(self, model):
+        for frozen, ours in self.pairs(model):
             ours.load_state_dict(frozen.state_dict())
+
+    def attach(self, model):
+        for module, adapter in zip([m for block in model.h for m in (block.attn.o, block.mlp)], self.adapters):
+            self.hook(module, lambda x, y, adapter=adapter: y + adapter(y.float()))
+        for frozen, ours in self.pairs(model):
             self.hook(frozen, lambda x, y, ours=ours: ours(x))
 
 

@@ -40,8 +40,11 @@ class Tuner(nn.Module):
 
     lr = 1e-2  # what train.py takes for --lr
 
+    def start(self, model):
+        """Once, before training: parameters that start from the frozen model's own."""
+
     def attach(self, model):
-        """Once, before training or use: put hooks on the frozen model's modules."""
+        """Before training or use: put hooks on the frozen model's modules."""
 
     def detach(self):
         """Leave the model as attach found it."""
@@ -222,7 +225,7 @@ class IAPT(Tuner):
     Trainable: L (C m + m P + m out + 12), and L P out for the static part; out is C in 'hidden', 2 G D in 'kv'.
     """
 
-    lr = 1e-2
+    lr = 5e-3
 
     def __init__(
         self, config, P: int = 4, m: int = 0, share: int = 1, activation: Activation = "rational",
@@ -253,7 +256,7 @@ class IAPT(Tuner):
     def groups(self, lr):
         # Adam moves every parameter by about lr a step, whatever its size: too far for coefficients that multiply x^6,
         # not far enough for constants that start at 0.1 and have to end around 1.
-        rates, by_rate = {"static": 5 * lr, "act": lr / 5}, {}
+        rates, by_rate = {"static": 20 * lr, "act": lr / 5}, {}
         for name, p in self.named_parameters():
             rate = next((rates[part] for part in name.split(".") if part in rates), lr)
             by_rate.setdefault(rate, []).append(p)

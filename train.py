@@ -334,6 +334,7 @@ def begin(args):
     examples = {name: encode(r, tokenizer, block_size) for name, r in rows.items()}
     torch.manual_seed(args.seed)
     tuner = build(args.method, model.config, [] if scratch else args.o).to(device)
+    tuner.start(model)
     if args.bilevel and not tuner.upper():
         raise ValueError(f"--bilevel: {args.method} with these options has no learned activation")
     args.lr = tuner.lr if args.lr is None else args.lr

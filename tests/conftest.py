@@ -59,6 +59,7 @@ def small_tuner(method, model, given=()):
     """A shaken tuner, attached.  It acts visibly on the model, so that a test of its effect can fail."""
     torch.manual_seed(0)
     tuner = build(method, model.config, given)
+    tuner.start(model)
     tuner.attach(model)
     return shake(tuner, 0.1).eval()
 

@@ -32,7 +32,9 @@ def test_merged_lora_is_the_frozen_model_with_other_weights(model):
 def test_training_starts_at_the_frozen_model(model, method):
     idx, _ = right_padded([9, 5], 9)
     frozen = model(idx)
-    build(method, model.config).attach(model)
+    tuner = build(method, model.config)
+    tuner.start(model)
+    tuner.attach(model)
     torch.testing.assert_close(model(idx), frozen, atol=0.05, rtol=0.05)
     if method == "lora":
         assert torch.equal(model(idx), frozen)
@@ -41,7 +43,7 @@ def test_training_starts_at_the_frozen_model(model, method):
 @pytest.mark.parametrize("method", ["prompt", "dynamic"])
 def test_soft_tokens_among_the_embeddings_start_as_embeddings_of_tokens(model, method):
     tuner = build(method, model.config)
-    tuner.attach(model)
+    tuner.start(model)
     assert (tuner.soft.flatten(0, -2)[:, None] == model.wte.weight).all(-1).any(1).all()
 
 

@@ -1,0 +1,99 @@
+"""Several tenants in one batch: each row is what it would be alone, and prompts cost nothing after they are read."""
+
+import pytest
+import torch
+from conftest import right_padded, shake, small_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from baselines import METHODS, build
+from model import generate
+from tenants import Tenants
+
+MIXED = [
+    ("iapt", ""), ("iapt", "P=2 space=hidden"), ("ptuning2", "P=7"), ("prompt", "P=3"), ("dynamic", "length=1 P=4"),
+    ("lora", "r=2"), ("lora", "r=5 alpha=8"), ("lora", "on=k,o,up"), ("adapter", ""),
+]  # fmt: skip
+
+
+def tenant(method, options, model, seed):
+    """A shaken tuner, not attached: no two are alike."""
+    torch.manual_seed(seed)
+    tuner = build(method, model.config, options.split())
+    tuner.start(model)
+    return shake(tuner, 0.1, seed).eval()
+
+
+def alone(model, tuner, f):
+    if tuner is None:
+        return f(None)
+    tuner.attach(model)
+    out = f(tuner)
+    tuner.detach()
+    return out
+
+
+@pytest.mark.parametrize(
+    "mixed", [MIXED, MIXED[:3], MIXED[5:7], MIXED[3:5]], ids=["all", "slots", "lora", "embeddings"]
+)
+def test_a_mixed_batch_equals_one_tenant_at_a_time(model, mixed):
+    tuners = [tenant(*given, model, seed) for seed, given in enumerate(mixed)]
+    who = [*range(len(tuners)), -1, 0, 1]
+    idx, instr = right_padded([(5 + 3 * i) % 9 + 1 for i in range(len(who))], 9)
+    tenants = Tenants(tuners, who)
+    tenants.attach(model)
+    together = model(idx, instr, tenants)
+    tenants.detach()
+    for row, t in enumerate(who):
+        n = instr[row].sum()
+        own = idx[row : row + 1, :n], instr[row : row + 1, :n]
+        wanted = alone(model, tuners[t] if t >= 0 else None, lambda tuner, own=own: model(*own, tuner))
+        torch.testing.assert_close(together[row : row + 1, :n], wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", [dict(), dict(beams=3)], ids=["greedy", "beams"])
+def test_a_mixed_batch_is_continued_as_each_row_alone(model, how):
+    tuners = [tenant(*given, model, seed) for seed, given in enumerate(MIXED)]
+    who = [*range(len(tuners)), -1, 2]
+    prompts = [torch.randint(1, 50, (3 + i % 4,)).tolist() for i in range(len(who))]
+    tenants = Tenants(tuners, who)
+    tenants.attach(model)
+    together = generate(model, prompts, tenants, max_new=6, **how)
+    tenants.detach()
+    for prompt, t, new in zip(prompts, who, together):
+        f = lambda tuner, prompt=prompt: generate(model, [prompt], tuner, max_new=6, **how)
+        assert new == alone(model, tuners[t] if t >= 0 else None, f)[0]
+    assert torch.equal(model(torch.tensor([prompts[0]])), small_model(model.config.arch)(torch.tensor([prompts[0]])))
+
+
+class Inputs(TorchDispatchMode):
+    """The storages that operations read."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.read |= {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_decode_step_reads_no_tensor_of_a_prompt_tenant_but_those_of_lora(model):
+    for given, reads in ((MIXED[:4], False), (MIXED[5:7], True)):
+        tuners = [tenant(*one, model, seed) for seed, one in enumerate(given)]
+        tenants = Tenants(tuners, range(len(tuners)))
+        tenants.attach(model)
+        own = {p.untyped_storage().data_ptr() for p in tenants.parameters()}
+        own |= {m.untyped_storage().data_ptr() for hooked in tenants.hooked for m in getattr(hooked, "A", [])}
+        idx = torch.ones(len(tuners), 4, dtype=torch.long)
+        logits, cache = model.prefill(idx, torch.full((len(tuners),), 4), tenants, room=2)
+        with Inputs() as inputs:
+            model.step(logits.argmax(-1), cache)
+        tenants.detach()
+        assert bool(inputs.read & own) == reads
+
+
+def test_what_cannot_share_a_model_is_refused(model):
+    with pytest.raises(ValueError, match="full fine-tuning"):
+        Tenants([METHODS["full"](model.config)], [0])
+    with pytest.raises(ValueError, match="there are 1"):
+        Tenants([METHODS["capt"](model.config)], [0, 1])
