@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from data import replacing
 from iapt import IAPT, Tuner, mean_pool, split_kv
-from model import Block, norm
+from model import Block, Decoder, norm
 
 
 class PTuning2(Tuner):
@@ -282,16 +282,25 @@ class Adapter(Hooked):
 
 
 class Full(Tuner):
-    """Every weight of the model trains."""
+    """Every weight trains: a copy of the model's, in fp32, which stands in for them while it is attached."""
 
     lr = 1e-3
 
     def __init__(self, config):
         super().__init__()
+        self.model, self.frozen = Decoder(config), {}
+
+    def start(self, model):
+        self.model.load_state_dict(model.state_dict())
 
     def attach(self, model):
-        # A submodule, so that its weights are the tuner's parameters; in fp32, as everything that is trained.
-        self.model = model.float().requires_grad_(True)
+        self.frozen = {"of": model, "parts": dict(model.named_children())}
+        for name, part in self.model.named_children():
+            setattr(model, name, part)
+
+    def detach(self):
+        for name, part in self.frozen["parts"].items():
+            setattr(self.frozen["of"], name, part)
 
 
 class CaPT(Tuner):

@@ -5,6 +5,7 @@ python sample.py out/iapt/best.pt "the plural of mouse ?" "the past of go ?"    
 python sample.py out/iapt/best.pt "tell me the reverse of these words ." --input "cat sun moon"
 python sample.py out/iapt/best.pt < questions.txt                               # a line each
 python sample.py out/iapt/best.pt                                               # ask, read, ask again
+python sample.py --tenant out/iapt "the past of go ?" --tenant out/lora "the plural of mouse ?"     # one batch
 """
 
 import argparse
@@ -14,13 +15,14 @@ import sys
 import weights
 from baselines import build, fill, load_tuner
 from data import run
+from tenants import Tenants
 from train import answer, open_model, pick_device
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", help="best.pt of a run, or the run's folder")
+    add("checkpoint", nargs="?", help="best.pt of a run, or the run's folder")
     add(
         "prompts",
         nargs="*",
@@ -32,6 +34,14 @@ def parse(argv=None):
         action="append",
         default=[],
         help="what an instruction is about; once for all instructions, or once for each",
+    )
+    add(
+        "--tenant",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar=("CHECKPOINT", "INSTRUCTION"),
+        help="a checkpoint and what to ask it; several of these make one batch",
     )
     add("--init", help="the frozen model (default: the one of the training run)")
     add("--frozen", action="store_true", help="leave the tuning out: the frozen model alone")
@@ -47,6 +57,12 @@ def parse(argv=None):
     )
     add("--force", action="store_true", help="use the tuning even on a model that it was not trained for")
     args = parser.parse_args(argv)
+    if bool(args.tenant) == bool(args.checkpoint):
+        parser.error("give a checkpoint, or several with --tenant CHECKPOINT INSTRUCTION ...")
+    if args.tenant and (args.frozen or min(map(len, args.tenant)) < 2):
+        parser.error("--tenant wants a checkpoint and at least one instruction, and goes without --frozen")
+    if args.tenant:
+        args.prompts = [prompt for _, *prompts in args.tenant for prompt in prompts]
     if len(args.input) not in (0, 1, len(args.prompts)):
         parser.error(
             f"{len(args.input)} --input for {len(args.prompts)} instructions: give one for all, or one for each"
@@ -58,31 +74,39 @@ def parse(argv=None):
     return args
 
 
-def open_checkpoint(path, init=None, force=False, device="cpu", dtype=None, frozen=False):
-    """(model, tokenizer, tuner) of a checkpoint of train.py; tuner None if frozen.  Raises ValueError for a model that
-    it was not trained for.
+def open_checkpoints(paths, init=None, force=False, device="cpu", dtype=None):
+    """(model, tokenizer, tuners) of checkpoints of train.py, not attached.
+
+    Raises ValueError for one that was trained on another model.
     """
-    content = load_tuner(os.path.join(path, "best.pt") if os.path.isdir(path) else path)
-    meta = content["meta"]
-    model, tokenizer = open_model(init or meta["init"], (), device, dtype)
-    found = weights.fingerprint(model)
-    if found != meta["base"] and not force:
-        raise ValueError(
-            f"{path} was trained on {meta['init']} ({meta['base']}); {init or meta['init']} is another model ({found}):"
-            " name the right one with --init, or --force it"
-        )
-    if frozen:
-        return model, tokenizer, None
-    tuner = build(meta["method"], model.config, meta["options"]).to(device)
-    tuner.attach(model)
-    fill(tuner, content, path)
-    return model, tokenizer, tuner.eval()
+    contents = {path: load_tuner(os.path.join(path, "best.pt") if os.path.isdir(path) else path) for path in paths}
+    init = init or contents[paths[0]]["meta"]["init"]
+    model, tokenizer = open_model(init, (), device, dtype)
+    found, tuners = weights.fingerprint(model), []
+    for path in paths:
+        content, meta = contents[path], contents[path]["meta"]
+        if found != meta["base"] and not force:
+            raise ValueError(
+                f"{path} was trained on {meta['init']} ({meta['base']}); {init} is another model ({found}):"
+                " name the right one with --init, or --force it"
+            )
+        tuners.append(build(meta["method"], model.config, meta["options"]).to(device).eval())
+        fill(tuners[-1], content, path)
+    return model, tokenizer, tuners
 
 
 def main(argv=None):
     args = parse(argv)
     device, dtype, _ = pick_device(args.device, args.dtype)
-    model, tokenizer, tuner = open_checkpoint(args.checkpoint, args.init, args.force, device, dtype, args.frozen)
+    tenants = args.tenant or [[args.checkpoint, *args.prompts]]
+    paths = list(dict.fromkeys(path for path, *_ in tenants))
+    model, tokenizer, tuners = open_checkpoints(paths, args.init, args.force, device, dtype)
+    tuner = None if args.frozen else tuners[0]
+    if args.tenant:
+        who = [paths.index(path) for path, *prompts in tenants for _ in prompts]
+        tuner = Tenants(tuners, who).to(device)
+    if tuner is not None:
+        tuner.attach(model)
 
     def ask(instructions):
         inputs = args.input * len(instructions) if len(args.input) == 1 else args.input or [""] * len(instructions)

@@ -33,25 +33,10 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(rows, tmp_path_factory):
-    """A run of 60 steps."""
+    """A run of 100 steps."""
     out = str(tmp_path_factory.mktemp("run") / "iapt")
-    train.main(
-        [
-            *SMALL,
-            "--steps",
-            "60",
-            "--eval-every",
-            "30",
-            "--batch-size",
-            "32",
-            "--val-rows",
-            "64",
-            "--data",
-            rows,
-            "--out",
-            out,
-        ]
-    )
+    longer = "--steps 100 --eval-every 50 --batch-size 32 --val-rows 64 --lr 1e-2".split()
+    train.main([*SMALL, *longer, "--data", rows, "--out", out])
     return out
 
 
@@ -61,7 +46,7 @@ def tensors(out):
 
 def test_training_teaches_what_the_frozen_model_does_not_do(trained):
     log = [json.loads(line) for line in open(os.path.join(trained, "log.jsonl"))]
-    assert log[-1]["step"] == 60 and log[-1]["val"] < 5  # the frozen model alone: above 9
+    assert log[-1]["step"] == 100 and log[-1]["val"] < 5  # the frozen model alone: above 9
     assert os.path.getsize(os.path.join(trained, "best.pt")) < 1_000_000
 
 
@@ -71,6 +56,16 @@ def test_the_same_seed_is_the_same_run_and_another_seed_another(rows, tmp_path):
     a, b, c = (tensors(tmp_path / name) for name in "abc")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def test_tenants_on_the_command_line_answer_as_each_does_alone(rows, trained, tmp_path):
+    other = str(tmp_path / "lora")
+    train.main([*SMALL, "--steps", "30", "--data", rows, "--out", other, "--method", "lora", "--lr", "2e-2"])
+    asked = ["the plural of mouse ?", "what is the capital of peru ?"]
+    _, a = cli(sample, trained, asked[0], "--device", "cpu")
+    _, b = cli(sample, other, *asked, "--device", "cpu")
+    _, both = cli(sample, "--tenant", other, *asked, "--tenant", trained, asked[0], "--device", "cpu")
+    assert both == b + a and a != b.splitlines()[0]
 
 
 def test_bilevel_learns_the_coefficients_on_the_held_out_rows_and_all_else_on_the_others(rows, tmp_path, monkeypatch):
@@ -125,7 +120,8 @@ def test_a_resumed_run_is_the_run_that_never_stopped(rows, tmp_path, monkeypatch
 
 def test_exact_match_is_what_decoding_gives(trained, rows):
     """evaluate() never decodes; it must count what greedy decoding would have reproduced."""
-    model, tokenizer, tuner = sample.open_checkpoint(trained, device="cpu", dtype=torch.float32)
+    model, tokenizer, (tuner,) = sample.open_checkpoints([trained], device="cpu", dtype=torch.float32)
+    tuner.attach(model)
     examples = encode(load(rows)["test"][:60], tokenizer, 256)
     exact, _ = train.evaluate(model, examples, tuner, size=7)
     new = generate(model, [prompt for prompt, _ in examples], tuner, max_new=12, stop=tokenizer.end)
@@ -222,6 +218,8 @@ def cli(script, *args):
         (train, ["--init", "scratch", "--method", "full", "-o", "n_head=3"], "n_embd"),
         (sample, ["nowhere.pt", "x"], "no checkpoint at nowhere.pt. Run: python train.py"),
         (sample, ["README.md", "x"], "README.md is not a checkpoint"),
+        (sample, [], "give a checkpoint, or several with --tenant"),
+        (sample, ["--tenant", "x.pt"], "--tenant wants a checkpoint and at least one instruction"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(script, args, says, tmp_path):
@@ -308,23 +306,8 @@ def test_a_finished_run_is_not_overwritten_unasked(trained, rows):
 
 
 def test_resuming_with_other_settings_is_refused(trained, rows):
-    with pytest.raises(ValueError, match="batch_size was 32|lr was 0.01"):
-        train.main(
-            [
-                *SMALL,
-                "--steps",
-                "60",
-                "--batch-size",
-                "32",
-                "--data",
-                rows,
-                "--out",
-                trained,
-                "--resume",
-                "--lr",
-                "1e-3",
-            ]
-        )
+    with pytest.raises(ValueError, match="--resume: steps was 100 in .*, now it is 60"):
+        train.main([*SMALL, "--steps", "60", "--data", rows, "--out", trained, "--resume"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try(rows, tmp_path, monkeypatch):
