@@ -1,381 +1,434 @@
 """The papers' claims, measured.
 
-    python bench.py quality --budget 16000 --seeds 3 --out out/bench/tiny          # every method, on tiny
+    python bench.py quality --budget 16000 --seeds 3 --out out/bench/tiny       # every method, on tiny: quality.py
     python bench.py quality --init FOLDER --data FOLDER --methods iapt,lora,ptuning2 --budget 32000 --metric bleu \\
-        --steps 800 --batch-size 4                                                 # options of train.py go to every run
+        --steps 800 --batch-size 4                                              # options of train.py go to every run
+    python bench.py rational                                                    # the activation, forward and backward
+    python bench.py step                                                        # a training step, method by method
+    python bench.py serve                                                       # many tenants in one batch
 
-quality: each method gets the size whose trainable parameters are nearest to the budget, and the learning rate of the
-lowest validation loss: from the method's own rate, twice and half of it, and on from the better end as long as that
-helps.  Then K seeds are trained at that rate and scored on the test sets, which no choice has seen.  Every run is a
-process and a folder of its own: interrupted, the same command goes on; with more seeds or methods, it adds them.
+Rivals are timed in turn, in one process: a figure is the median, and the quartiles, of the ratio to the first of them
+in the same round.  Machines change from second to second; such ratios hardly do.  Where transformers and peft are
+installed they are among the rivals.
 """
 
 import argparse
-import json
-import multiprocessing
 import os
-import platform
 import statistics
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
-import train
-from baselines import build, fill, load_tuner
-from data import replacing, run, template
+import iapt
+import quality
+from baselines import build
+from data import run
+from iapt import Rational, RationalFunction, Tuner
+from model import Config, Decoder, generate
+from quality import machine, replacing, write
+from tenants import Tenants
+from train import pick_device
 
-# A row of the comparison: the method, its options, the option that sets its size and the most we give it.
-ROWS = {
-    "iapt": ("iapt", "", "m", 10**6),
-    "iapt-paper": ("iapt", "space=hidden static=0 norm=0", "m", 10**6),
-    "iapt-hidden": ("iapt", "space=hidden", "m", 10**6),
-    "ptuning2": ("ptuning2", "", "P", 10**6),
-    "static": ("static", "", "P", 10**6),
-    "static4": ("ptuning2", "P=4", None, 0),
-    "prefix": ("prefix", "P=10", "hidden", 10**6),
-    "prompt": ("prompt", "", "P", 40),  # each is one more position in every layer
-    "dynamic": ("dynamic", "pool=4", "P", 20),
-    "capt": ("capt", "", None, 0),  # one soft token a layer is what it is
-    "lora": ("lora", "", "r", 10**6),
-    "adapter": ("adapter", "", "m", 10**6),
-    "full": ("full", "", None, 0),
-    "mine": ("mine", "", "P", 10**6),
-}
-LEFT_OUT = ("static4", "iapt-hidden", "mine")  # unless asked for
-METRICS = {"none": [], "exact": ["exact %"], "bleu": ["BLEU", "ROUGE-L"]}
+
+def interleaved(rivals, rounds, device, title):
+    """Call each of {name: f} once to warm up, then all in turn: {name: seconds of each round}."""
+    seconds = {name: [] for name in rivals}
+    for i in tqdm(range(rounds + 1), desc=title, unit="round", leave=False):
+        for name, f in rivals.items():
+            begin = time.perf_counter()
+            f()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize(device)
+            if i:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def ratio(seconds, name, base):
+    """[median, lower, upper quartile] of the time of `name` as a multiple of that of `base`."""
+    each = [a / b for a, b in zip(seconds[name], seconds[base])]
+    low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+    return [middle, low, high]
+
+
+def shown(three):
+    return f"{three[0]:.2f} ({three[1]:.2f} to {three[2]:.2f})"
+
+
+def report(args, name, rows, notes=()):
+    """Print rows (dicts of the same keys) as a Markdown table, and save them."""
+    keys = list(rows[0])
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    lines += [
+        "| " + " | ".join(shown(x) if isinstance(x, list) else str(x) for x in row.values()) + " |" for row in rows
+    ]
+    lines += [
+        "",
+        *notes,
+        f"Ratios of times: median (quartiles) of {args.rounds} rounds. {machine()}, {args.threads} threads.",
+    ]
+    print("\n".join(lines))
+    os.makedirs(args.out, exist_ok=True)
+    write(os.path.join(args.out, f"{name}.json"), {"machine": machine(), "threads": args.threads, "rows": rows})
+    with replacing(os.path.join(args.out, f"{name}.md")) as f:
+        f.write("\n".join(lines) + "\n")
+
+
+# -- The rational activation -------------------------------------------------------------------------------------------
+
+
+def plain(x, a, b):
+    """What one would write: Horner's rule, left to autograd."""
+    n, s = torch.zeros_like(x), torch.zeros_like(x)
+    for c in a.flip(0):
+        n = n * x + c
+    for c in b.flip(0):
+        s = (s + c) * x
+    return n / (1 + s.abs())
+
+
+def rational(args):
+    coefficients = [p.detach().to(args.device) for p in Rational().parameters()]
+    dtypes = [torch.float32, torch.bfloat16] if args.device.startswith("cuda") else [torch.float32]
+    compiled = {
+        "GELU": torch.compile(F.gelu),
+        "GELU, tanh form": torch.compile(lambda x: F.gelu(x, approximate="tanh")),
+        "Horner": torch.compile(plain),
+    }
+
+    def ours(large):
+        def f(*inputs):
+            iapt.LARGE = large
+            return RationalFunction.apply(*inputs)
+
+        return f
+
+    rows = []
+    for dtype in dtypes:
+        for shape in ((64, 4, 256), (4096, 1024)):
+            x, g = (torch.randn(shape, device=args.device, dtype=dtype) for _ in range(2))
+
+            def gradients(f, *c, x=x, g=g):
+                inputs = [t.detach().requires_grad_() for t in (x, *c)]
+                f(*inputs).backward(g)
+                return [t.grad for t in inputs]
+
+            exact = [t.double() for t in (x, *coefficients)]
+            inputs = [t.requires_grad_() for t in exact]
+            plain(*inputs).backward(g.double())
+            rivals = {
+                "GELU, compiled": (compiled["GELU"], ()),
+                "GELU, tanh form, compiled": (compiled["GELU, tanh form"], ()),
+                "rational, ours, compiled": (ours(0), coefficients),
+                "rational, Horner, compiled": (compiled["Horner"], coefficients),
+                "GELU, eager": (F.gelu, ()),
+                "rational, ours, eager": (ours(float("inf")), coefficients),
+                "rational, Horner, eager": (plain, coefficients),
+            }
+            calls = {name: lambda f=f, c=c: gradients(f, *c) for name, (f, c) in rivals.items()}
+            seconds = interleaved(calls, args.rounds, args.device, f"{tuple(shape)} {str(dtype)[6:]}")
+            first = "GELU, compiled"
+            if statistics.median(seconds["GELU, tanh form, compiled"]) < statistics.median(seconds[first]):
+                first = "GELU, tanh form, compiled"
+            copy = None
+            if args.device.startswith("cuda"):
+                copy = statistics.median(interleaved({"copy": x.clone}, 50, args.device, "copy")["copy"])
+            for name, (f, c) in rivals.items():
+                error = ""
+                if c:
+                    got = gradients(f, *c)[1:]
+                    each = [((a.double() - t.grad).abs() / t.grad.abs()).max().item() for a, t in zip(got, inputs[1:])]
+                    error = f"{max(each):.1e}"
+                row = {"shape": f"{tuple(shape)} {str(dtype)[6:]}", "forward and backward": name}
+                row["time, of the faster compiled GELU's"] = ratio(seconds, name, first)
+                row["time, of eager Horner's"] = ratio(seconds, name, "rational, Horner, eager")
+                row["kept for backward, of x"] = f"{kept(f, x, c):.2f}"
+                row["error of the coefficients' gradients"] = error
+                if copy:  # x is read, y written, x and g read, dx written: 2.5 times what a copy moves
+                    row["share of the copy bandwidth"] = f"{2.5 * copy / statistics.median(seconds[name]):.0%}"
+                rows.append(row)
+    report(args, "rational", rows)
+
+
+def kept(f, x, coefficients):
+    """Bytes that f keeps for the backward pass, beside the coefficients, as a multiple of x's."""
+    storages = {}
+
+    def pack(t):
+        if t.numel() > 100:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = f(x.detach().requires_grad_(), *(c.detach().requires_grad_() for c in coefficients))
+    del y
+    return sum(storages.values()) / x.untyped_storage().nbytes()
+
+
+# -- Models of these shapes, with random weights -----------------------------------------------------------------------
+
+SHAPES = {
+    "gpt2-6x384": dict(vocab_size=50257, n_layer=6, n_head=6, n_embd=384),
+    "llama-6x288": dict(arch="llama", vocab_size=32000, n_layer=6, n_head=6, n_embd=288, n_inner=768),
+    "gpt2-124M": dict(vocab_size=50257),
+    "llama-7B": dict(arch="llama", vocab_size=32000, block_size=4096, n_layer=32, n_head=32, n_embd=4096, n_inner=11008,
+                     tied=False),
+}  # fmt: skip
+
+
+def random_model(name, args):
+    with torch.device(args.device):
+        torch.set_default_dtype(args.dtype)
+        model = Decoder(Config(**SHAPES[name])).requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+    return model
+
+
+def hub_model(name, args):
+    """The same shape in transformers; None where it or peft is not installed."""
+    try:
+        import peft  # noqa: F401
+        import transformers as hub
+    except ImportError:
+        return None
+    c = Config(**SHAPES[name])
+    if c.arch == "gpt2":
+        config = hub.GPT2Config(vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
+                                resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)  # fmt: skip
+    else:
+        config = hub.LlamaConfig(vocab_size=c.vocab_size, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+                                 hidden_size=c.n_embd, intermediate_size=c.n_inner, tie_word_embeddings=c.tied,
+                                 max_position_embeddings=c.block_size)  # fmt: skip
+    return hub.AutoModelForCausalLM.from_config(config, dtype=args.dtype).to(args.device)
+
+
+# -- A training step ---------------------------------------------------------------------------------------------------
+
+
+class Floor(Tuner):
+    """What no method that tunes at the first layer can be cheaper than: forward, and backward for activations alone."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.zero = nn.Parameter(torch.zeros(config.n_embd))
+
+    def embed(self, x, instr):
+        return x + self.zero.to(x.dtype), None, None
+
+
+def step(args):
+    rows = [row for name in args.shapes.split(",") for row in steps(name, args)]
+    report(args, "step", rows, ["Half of the tokens are instruction, half response."])
+
+
+def steps(name, args):
+    """A training step of each rival on one shape: gradients and AdamW."""
+    B, T, V = args.rows, args.tokens, SHAPES[name]["vocab_size"]
+    idx = torch.randint(V, (B, T), device=args.device)
+    instr = torch.arange(T, device=args.device).expand(B, T) < T // 2
+    targets = torch.where(instr, -1, torch.randint(V, (B, T), device=args.device))
+    labels = F.pad(targets, (1, 0), value=-1)[:, :T]  # transformers shifts them itself
+    labels, mask = torch.where(labels < 0, -100, labels), torch.ones_like(idx)
+    rivals, trained = {}, {}
+
+    def rival(label, tuner, loss):
+        parameters = [p for p in tuner.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+
+        def f():
+            optimizer.zero_grad()
+            loss(tuner).backward()
+            optimizer.step()
+
+        rivals[label], trained[label] = f, sum(p.numel() for p in parameters)
+
+    def everywhere(tuner):
+        logits = model(idx, instr, tuner).flatten(0, 1).float()
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+
+    model = random_model(name, args)
+    floor = Floor(model.config).to(args.device)
+    rival("floor: forward, backward for activations", floor, lambda tuner: model(idx, instr, tuner, targets))
+    rival("the floor with its head at every token", floor, everywhere)
+    for method in ("iapt", "ptuning2", "lora", "full"):
+        own = model if method in ("iapt", "ptuning2") else random_model(name, args)
+        tuner = build(method, own.config).to(args.device)
+        tuner.attach(own)
+        rival(f"ours: {method}", tuner, lambda tuner, own=own: own(idx, instr, tuner, targets))
+    for label, tuned in hub_tuners(name, args):
+        rival(label, tuned, lambda tuned: tuned(input_ids=idx, attention_mask=mask, labels=labels).loss)
+    seconds = interleaved(rivals, args.rounds, args.device, name)
+    for label in rivals:
+        yield {
+            "shape": f"{name}, {B} x {T}", "step": label, "trained": f"{trained[label]:,}",
+            "time, of the floor's": ratio(seconds, label, "floor: forward, backward for activations"),
+            "time, of IAPT's": ratio(seconds, label, "ours: iapt"),
+            "tokens/s": f"{B * T / statistics.median(seconds[label]):,.0f}",
+        }  # fmt: skip
+
+
+def hub_tuners(name, args):
+    """peft's prefix-tuning and LoRA on the same shape, where it is installed."""
+    if hub_model(name, args) is None:
+        return
+    import peft
+
+    c = Config(**SHAPES[name])
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16)
+    yield "peft: prefix-tuning", peft.get_peft_model(hub_model(name, args), prefix)
+    on = ["c_attn"] if c.arch == "gpt2" else ["q_proj", "v_proj"]
+    yield "peft: LoRA", peft.get_peft_model(hub_model(name, args), peft.LoraConfig(task_type="CAUSAL_LM", r=8,
+                                                                                   target_modules=on))  # fmt: skip
+
+
+# -- Many tenants ------------------------------------------------------------------------------------------------------
+
+
+def served(model, tuner, idx, new, beams):
+    """Read prompts and write `new` tokens: (seconds for the prompts, for the tokens)."""
+    sync = (lambda: torch.cuda.synchronize(idx.device)) if idx.is_cuda else (lambda: None)
+    length = torch.full((len(idx),), idx.shape[1], device=idx.device)
+    begin = time.perf_counter()
+    if beams > 1:
+        generate(model, idx.tolist(), tuner, new, beams=beams)
+        sync()
+        return 0.0, time.perf_counter() - begin
+    logits, cache = model.prefill(idx, length, tuner, new)
+    sync()
+    middle = time.perf_counter()
+    for _ in range(new - 1):
+        logits = model.step(logits.argmax(-1), cache)
+    sync()
+    return middle - begin, time.perf_counter() - middle
+
+
+def serve(args):
+    rows = []
+    for name in args.shapes.split(","):
+        model = random_model(name, args)
+        for n in args.tenants:
+            for beams in args.beams:
+                rows += mixed(name, model, n, beams, args)
+        rows += against_peft(name, model, args)
+    report(args, "serve", rows, [f"Prompts of {args.tokens} tokens, {args.new} new ones each."])
+
+
+def mixed(name, model, n, beams, args):
+    """n tenants in one batch, by method, against the frozen model."""
+    B = max(args.rows, n)
+    idx = torch.randint(model.config.vocab_size, (B, args.tokens), device=args.device)
+
+    def tenants(method, *options):
+        made = [build(method, model.config, options).to(args.device).eval() for _ in range(n)]
+        return Tenants(made, [i % n for i in range(B)]).to(args.device)
+
+    rivals = {
+        "frozen": Tuner(), "iapt": tenants("iapt"), "ptuning2 P=16": tenants("ptuning2", "P=16"),
+        "lora r=8 on q, v": tenants("lora"), "lora r=64 on all": tenants("lora", "r=64", "on=all"),
+    }  # fmt: skip
+    prompts, decode, whole = ({label: [] for label in rivals} for _ in range(3))
+    for i in tqdm(range(args.rounds + 1), desc=f"{name}, {n} tenants, {beams} beams", leave=False):
+        for label, tuner in rivals.items():
+            tuner.attach(model)
+            p, d = served(model, tuner, idx, args.new, beams)
+            tuner.detach()
+            if i:
+                prompts[label].append(p)
+                decode[label].append(d)
+                whole[label].append(p + d)
+    for label, tuner in rivals.items():
+        yield {
+            "shape": name, "rows": B, "tenants": n, "beams": beams, "method": label,
+            "decode, of the frozen model's": ratio(decode, label, "frozen"),
+            "all, of the frozen model's": ratio(whole, label, "frozen"),
+            "tokens/s": f"{B * args.new / statistics.median(whole[label]):,.0f}",
+            "kB a tenant": f"{sum(p.numel() for p in tuner.parameters()) * 4 / 1000 / n:,.0f}",
+        }  # fmt: skip
+
+
+def against_peft(name, model, args):
+    """peft's LoRA with an adapter for each row of a mixed batch, against its own frozen model and our IAPT."""
+    n = args.rows
+    if hub_model(name, args) is None:
+        return
+    import peft
+
+    on = ["c_attn"] if model.config.arch == "gpt2" else ["q_proj", "v_proj"]
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=on)
+    frozen, tuned = hub_model(name, args), peft.get_peft_model(hub_model(name, args), config, adapter_name="t0")
+    for i in range(1, n):
+        tuned.add_adapter(f"t{i}", config)
+    tuned.eval()
+    ours = Tenants([build("iapt", model.config).to(args.device).eval() for _ in range(n)], range(n)).to(args.device)
+    ours.attach(model)
+    idx = torch.randint(model.config.vocab_size, (n, args.tokens), device=args.device)
+    how = dict(attention_mask=torch.ones_like(idx), max_new_tokens=args.new, min_new_tokens=args.new, do_sample=False,
+               pad_token_id=0)  # fmt: skip
+    names = [f"t{i}" for i in range(n)]
+    rivals = {
+        "ours: iapt": lambda: served(model, ours, idx, args.new, 1),
+        "transformers: frozen": lambda: frozen.generate(idx, **how),
+        "peft: LoRA r=8 on q, v": lambda: tuned.generate(input_ids=idx, adapter_names=names, **how),
+    }
+    with torch.no_grad():
+        seconds = interleaved(rivals, args.rounds, args.device, f"{name}, peft")
+    for label in rivals:
+        yield {
+            "shape": name, "rows": n, "tenants": n, "beams": 1, "method": label, "decode, of the frozen model's": "",
+            "all, of the frozen model's": f"{shown(ratio(seconds, label, 'ours: iapt'))} of ours",
+            "tokens/s": f"{n * args.new / statistics.median(seconds[label]):,.0f}", "kB a tenant": "",
+        }  # fmt: skip
+
+
+# -- The command line --------------------------------------------------------------------------------------------------
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    quality = commands.add_parser("quality", help="every method at equal budget", allow_abbrev=False)
-    add, or_ = quality.add_argument, "(default: %(default)s)"
-    add("--methods", default=",".join(name for name in ROWS if name not in LEFT_OUT), help=f"{', '.join(ROWS)} {or_}")
-    add("--budget", type=int, default=16000, help=f"trainable parameters {or_}")
-    add("--seeds", type=int, default=3, help=or_)
-    add("--lr", type=float, help="this rate for all methods, in place of the search")
-    add(
-        "--rates",
-        metavar="FILE",
-        help="each method's rate from the quality.json of another run, in place of the search",
-    )
-    add("--metric", default="exact", choices=METRICS, help=f"beside the loss: {', '.join(METRICS)} {or_}")
-    add("--texts", type=int, default=0, help="write at most so many texts of a test set for --metric bleu; 0: all")
-    add("--beams", type=int, default=3, help=f"for the texts of --metric bleu {or_}")
-    add("--jobs", type=int, default=1, help=f"runs side by side {or_}")
-    add("--out", default="out/bench", help=or_)
+    how = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    compare = commands.add_parser("quality", help="every method at equal budget", description=quality.__doc__, **how)
+    quality.options(compare)
+    timed = {}
+    for name, says in (("rational", "the activation"), ("step", "a training step"), ("serve", "many tenants")):
+        timed[name] = commands.add_parser(name, help=says, allow_abbrev=False)
+        add, or_ = timed[name].add_argument, "(default: %(default)s)"
+        add("--rounds", type=int, default=15, help=f"rounds of timing {or_}")
+        add("--device", default="auto", help=f"auto, cpu, cuda, ... {or_}")
+        add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help=f"of frozen weights {or_}")
+        add("--out", default="out/bench", help=or_)
+    for name in ("step", "serve"):
+        add = timed[name].add_argument
+        shapes = "gpt2-6x384,llama-6x288" if name == "step" else "llama-6x288"
+        add("--shapes", default=shapes, help=f"{', '.join(SHAPES)} {or_}")
+        add("--rows", type=int, default=8, help=f"of a batch {or_}")
+        add("--tokens", type=int, default=128 if name == "step" else 64, help=f"of a row {or_}")
+    add = timed["serve"].add_argument
+    add("--new", type=int, default=64, help=f"tokens to write {or_}")
+    add("--tenants", type=int, nargs="+", default=[1, 8, 64], help=or_)
+    add("--beams", type=int, nargs="+", default=[1], help=or_)
     args, args.rest = parser.parse_known_args(argv)
-    args.methods = args.methods.split(",")
-    for name in args.methods:
-        if name not in ROWS:
-            parser.error(f"no method {name!r}. There are: {', '.join(ROWS)}")
-    for name in ("budget", "seeds", "beams", "jobs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for own in ("--method", "-o", "--seed", "--out", "--resume", "--force"):
-        if own in args.rest:
-            parser.error(f"{own} is for bench.py to set, run by run")
-    train.parse([*args.rest, "--out", args.out])  # so that a mistake in them is said now
+    if args.command == "quality":
+        quality.check(args, compare)
+        return args
+    if args.rest:
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    for shape in getattr(args, "shapes", "").split(","):
+        if shape and shape not in SHAPES:
+            timed[args.command].error(f"no shape {shape!r}. There are: {', '.join(SHAPES)}")
     return args
-
-
-# -- Sizes -------------------------------------------------------------------------------------------------------------
-
-
-def count(config, method, options):
-    """Parameters that train."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in build(method, config, options).parameters())
-
-
-def sized(config, name, budget):
-    """A row's options, such that as nearly as possible `budget` parameters train, and how many do."""
-    method, options, size, most = ROWS[name]
-    options = options.split()
-    if size is None:
-        return options, count(config, method, options)
-
-    def at(n):
-        return count(config, method, [*options, f"{size}={n}"])
-
-    step = at(2) - at(1)  # every method grows by the same number of parameters each time
-    n = min(max(1, 1 + round((budget - at(1)) / step)), most)
-    return [*options, f"{size}={n}"], at(n)
-
-
-# -- One run, in a process of its own ----------------------------------------------------------------------------------
-
-
-def peak_memory(device):
-    """Bytes at the peak of this process: of the GPU if it has used one, else resident."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def train_one(argv, folder):
-    """Train, or go on training; leaves trained.json."""
-    path = os.path.join(folder, "last.pt")
-    args = train.parse([*argv, "--out", folder, *(["--resume"] if os.path.exists(path) else ["--force"])])
-    before = peak_memory(train.pick_device(args.device)[0])
-    session = train.begin(args)
-    session.tuner.attach(session.model)
-    train.clear(args)
-    device = session.model.wte.weight.device
-    best = train.train(session.model, session.tuner, session.examples["train"], session.examples["val"], args,
-                       session.meta)  # fmt: skip
-    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
-        log = [json.loads(line) for line in f]
-    write(os.path.join(folder, "trained.json"), {
-        "val": best["val"], "step": best["step"], "lr": args.lr,
-        "trainable": sum(p.numel() for p in session.tuner.parameters()),
-        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in log),
-        "peak_bytes": peak_memory(device) - before,
-    })  # fmt: skip
-    os.remove(path)  # its optimizer state is three times the size of the rest
-
-
-def score_one(argv, folder, metric, texts, beams):
-    """Score best.pt on the test sets, or the frozen model alone if there is none; leaves scores.json."""
-    best = os.path.join(folder, "best.pt")
-    args = train.parse([*argv, "--out", os.path.join(folder, "scores")])
-    args.test_rows, most = 0, args.test_rows  # all of them: a text is compared with all its references
-    session = train.begin(args)
-    tuner = None
-    if os.path.exists(best):
-        tuner = session.tuner
-        tuner.attach(session.model)
-        fill(tuner, load_tuner(best), best)
-        tuner.eval()
-    scores = {}
-    for name in session.tests:
-        exact, nats = train.evaluate(session.model, train.spread(session.examples[name], most), tuner)
-        scores[name] = {"nats": nats}
-        if metric == "exact":
-            scores[name]["exact %"] = 100 * exact
-        if metric == "bleu":
-            said, references = answers(session, name, tuner, texts, beams)
-            scores[name].update(bleu_and_rouge(said, references))
-            write(os.path.join(folder, f"{name}.texts.json"), said)
-    write(os.path.join(folder, "scores.json"), scores)
-
-
-def answers(session, name, tuner, most, beams, size=32):
-    """An answer to each different prompt of a test set (to `most` of them), and all outputs that the set has for it."""
-    groups = {}
-    for row in session.rows[name]:
-        groups.setdefault(template(row), []).append(row)
-    rows, texts = train.spread([group[0] for group in groups.values()], most), []
-    rows.sort(key=lambda row: len(template(row)))
-    for i in range(0, len(rows), size):
-        texts += train.answer(session.model, session.tokenizer, rows[i : i + size], tuner, beams=beams)
-    return texts, [[row["output"] for row in groups[template(row)]] for row in rows]
-
-
-def bleu_and_rouge(texts, references):
-    """BLEU and ROUGE-L, 0 to 100, each text against all its references.
-
-    BLEU is what the E2E challenge computes: mteval's 13a tokens, lower case, several references.  ROUGE-L is the mean
-    over texts of the best F1 among the references, by the package rouge-score (the challenge's own script weighs recall
-    more).
-    """
-    try:
-        import sacrebleu
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as e:
-        raise ModuleNotFoundError(f"--metric bleu needs {e.name}: pip install sacrebleu rouge-score") from None
-    most = max(map(len, references))
-    columns = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
-    bleu = sacrebleu.corpus_bleu(texts, columns, lowercase=True, tokenize="13a").score
-    scorer = RougeScorer(["rougeL"])
-    rouge = [scorer.score_multi(refs, text)["rougeL"].fmeasure for text, refs in zip(texts, references)]
-    return {"BLEU": bleu, "ROUGE-L": 100 * statistics.mean(rouge)}
-
-
-def write(path, content):
-    with replacing(path) as f:
-        json.dump(content, f, indent=1)
-
-
-def read(path):
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
-
-
-def alone(f, folder, threads, *args):
-    """Call f(*args) in a process of its own; what it says goes to the folder's output.txt."""
-    os.makedirs(folder, exist_ok=True)
-    process = multiprocessing.get_context("spawn").Process(target=quietly, args=(f, folder, threads, *args))
-    process.start()
-    process.join()
-    if process.exitcode:
-        path = os.path.join(folder, "output.txt")
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().strip().splitlines()
-        raise ValueError(f"a run failed: {lines[-1] if lines else 'without a word'} ({path})")
-
-
-def quietly(f, folder, threads, *args):
-    torch.set_num_threads(threads)
-    sys.stdout = sys.stderr = open(os.path.join(folder, "output.txt"), "a", encoding="utf-8")  # noqa: SIM115
-    f(*args)
-
-
-# -- All of them -------------------------------------------------------------------------------------------------------
-
-
-class Quality:
-    """The runs of one comparison, and what is known of them."""
-
-    def __init__(self, args):
-        self.args = args
-        self.threads = max(1, torch.get_num_threads() // args.jobs)
-        model, _ = train.open_model(train.parse([*args.rest, "--out", args.out]).init)
-        self.sizes = {name: sized(model.config, name, args.budget) for name in args.methods}
-        self.rates = {}
-        if args.rates:
-            self.rates = {row["method"]: row["lr"] for row in read(args.rates)["rows"] if row["lr"]}
-
-    def argv(self, name, lr, seed):
-        method, (options, _) = ROWS[name][0], self.sizes[name]
-        given = ["-o", *options] if options else []
-        return [*self.args.rest, "--method", method, "--seed", str(seed), "--lr", repr(lr), *given]
-
-    def trained(self, name, lr, seed):
-        """The content of a run's trained.json, after the run if there is none yet."""
-        folder = os.path.join(self.args.out, name, f"lr{lr:.3g}-seed{seed}")
-        path = os.path.join(folder, "trained.json")
-        if not os.path.exists(path):
-            alone(train_one, folder, self.threads, self.argv(name, lr, seed), folder)
-            self.bar.update()
-        return read(path)
-
-    def scored(self, name, lr, seed):
-        folder = os.path.join(self.args.out, name, f"lr{lr:.3g}-seed{seed}")
-        path = os.path.join(folder, "scores.json")
-        if not os.path.exists(path):
-            how = self.args.metric, self.args.texts, self.args.beams
-            alone(score_one, folder, self.threads, self.argv(name, lr, seed), folder, *how)
-        return read(path)
-
-    def search(self, name):
-        """Validation loss by learning rate: the method's own, twice and half of it, and on from the better end."""
-        own = train.METHODS[ROWS[name][0]].lr
-        if self.args.lr or name in self.rates:
-            lr = self.args.lr or self.rates[name]
-            return {lr: self.trained(name, lr, 0)["val"]}
-        found = {}
-        for factor in (1, 2, 0.5):
-            found[own * factor] = self.trained(name, own * factor, 0)["val"]
-        for end, factor in ((max, 2), (min, 0.5)):
-            while end(found) == (best := min(found, key=found.get)):
-                self.bar.total += 1
-                found[best * factor] = self.trained(name, best * factor, 0)["val"]
-        return found
-
-    def row(self, name):
-        """A line of the table, with all that it rests on."""
-        found = self.search(name)
-        lr = min(found, key=found.get)
-        runs = [self.trained(name, lr, seed) for seed in range(self.args.seeds)]
-        scores = [self.scored(name, lr, seed) for seed in range(self.args.seeds)]
-        return {
-            "method": name, "options": " ".join(self.sizes[name][0]), "trainable": runs[0]["trainable"], "lr": lr,
-            "off_budget": runs[0]["trainable"] / self.args.budget - 1, "search": found,
-            "val": spread([r["val"] for r in runs]),
-            "tokens_per_s": statistics.median(r["tokens_per_s"] for r in runs),
-            "peak_mb": max(r["peak_bytes"] for r in runs) / 1e6,
-            "scores": {test: {key: spread([s[test][key] for s in scores]) for key in scores[0][test]}
-                       for test in scores[0]},
-        }  # fmt: skip
-
-    def frozen(self):
-        folder = os.path.join(self.args.out, "frozen")
-        path = os.path.join(folder, "scores.json")
-        if not os.path.exists(path):
-            how = self.args.metric, self.args.texts, self.args.beams
-            alone(score_one, folder, self.threads, self.args.rest, folder, *how)
-        scores = {test: {key: spread([x]) for key, x in s.items()} for test, s in read(path).items()}
-        return {"method": "frozen", "options": "", "trainable": 0, "lr": None, "scores": scores}
-
-    def all(self):
-        """All rows; what is there is saved after each."""
-        rows, lock = {"frozen": self.frozen()}, threading.Lock()
-
-        def one(name):
-            row = self.row(name)
-            with lock:
-                rows[name] = row
-                self.save([rows[name] for name in ("frozen", *self.args.methods) if name in rows])
-
-        runs = (1 if self.args.lr or self.args.rates else 3) + self.args.seeds - 1
-        with tqdm(total=runs * len(self.args.methods), unit="run", dynamic_ncols=True) as self.bar:
-            with ThreadPoolExecutor(self.args.jobs) as pool:
-                try:
-                    for done in [pool.submit(one, name) for name in self.args.methods]:
-                        done.result()
-                except BaseException:  # Ctrl-C has reached the runs, too: they save; the others shall not begin
-                    pool.shutdown(cancel_futures=True)
-                    raise
-        return [rows[name] for name in ("frozen", *self.args.methods)]
-
-    def save(self, rows):
-        how = {"options": " ".join(self.args.rest), "budget": self.args.budget, "machine": machine(),
-               "jobs": self.args.jobs, "seeds": self.args.seeds}  # fmt: skip
-        write(os.path.join(self.args.out, "quality.json"), {**how, "rows": rows})
-        with replacing(os.path.join(self.args.out, "quality.md")) as f:
-            f.write("\n".join([*markdown(rows), "", f"{self.args.seeds} seeds, {machine()}", ""]))
-
-
-def machine():
-    """What figures of speed and memory depend on."""
-    name = platform.processor() or "a CPU"
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores of {name}"
-    return f"PyTorch {torch.__version__}, {device}"
-
-
-def spread(values):
-    """[mean, standard deviation]; the latter None for a single value."""
-    return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
-
-
-def markdown(rows):
-    """The table, lowest loss first: mean ± standard deviation."""
-    tests = rows[0]["scores"]
-    columns = [(test, key) for test in tests for key in tests[test]]
-    short = {test: test.removeprefix("test_") for test in tests}
-    names = [f"{key} {short[test]}" if len(tests) > 1 else key for test, key in columns]
-    yield " | ".join(["| method", "options", "trainable", "lr", *names, "tokens/s", "peak MB |"])
-    yield "|" + "---|" * (len(columns) + 6)
-
-    def cell(mean, sd, digits):
-        return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else "")
-
-    first = columns[0]
-    for row in sorted(rows, key=lambda row: row["scores"][first[0]][first[1]][0]):
-        scores = [cell(*row["scores"][test][key], 3 if key == "nats" else 1) for test, key in columns]
-        cost = [f"{row['tokens_per_s']:,.0f}", f"{row['peak_mb']:,.0f}"] if row["lr"] else ["", ""]
-        rate = f"{row['lr']:.2g}" if row["lr"] else ""
-        yield "| " + " | ".join([row["method"], row["options"], f"{row['trainable']:,}", rate, *scores, *cost]) + " |"
 
 
 def main(argv=None):
     args = parse(argv)
-    rows = Quality(args).all()
-    print("\n".join(markdown(rows)))
-    for row in rows:
-        if abs(row.get("off_budget", 0)) > 0.05:
-            print(f"{row['method']} cannot match the budget: {row['trainable']:,} parameters, {row['off_budget']:+.0%}")
-    jobs = f", {args.jobs} runs side by side" if args.jobs > 1 else ""
-    print(f"\n{args.seeds} seeds; {machine()}{jobs}; saved {os.path.join(args.out, 'quality.json')} and .md")
+    if args.command == "quality":
+        return quality.main(args)
+    args.device, args.dtype, _ = pick_device(args.device, args.dtype)
+    args.threads = torch.get_num_threads()
+    return {"rational": rational, "step": step, "serve": serve}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ tokens, C n_embd, G key/value heads, D head size, L layers; and m for the bottle
     python train.py -o space=hidden static=0 norm=0  # the paper's form, as far as it is known
 """
 
+import functools
 from typing import Literal
 
 import torch
@@ -100,12 +101,13 @@ class RationalFunction(torch.autograd.Function):
 
     At s = 0, where |s| has its kink, sgn(0) = 0 gives a sub-gradient.  All of it follows from x, so x is all that is
     kept for the backward pass; left to itself, autograd would keep every intermediate product of both polynomials.
+    Both passes are functions of tensors, `rational` and `rational_gradients`, which torch.compile turns into one kernel
+    each; `compiled` says when.
     """
 
     @staticmethod
     def forward(x, a, b):
-        t = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (horner(t, a) / (1 + (horner(t, b) * t).abs())).to(x.dtype)
+        return compiled(rational, x)(x, a, b)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -114,30 +116,59 @@ class RationalFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, a, b = ctx.saved_tensors
-        t = x.to(torch.promote_types(x.dtype, torch.float32))
-        s = horner(t, b) * t
-        sign, d = s.sign(), 1 + s.abs()
-        r = horner(t, a) / d
-        dn = horner(t, [j * a[j] for j in range(1, len(a))])  # n', the sum of j a_j x^(j-1)
-        ds = horner(t, [(i + 1) * b[i] for i in range(len(b))])  # s' likewise
-        g = g.to(t.dtype) / d
-        dx = g * (dn - r * sign * ds)
-        da, db, gs = [], [], -g * r * sign
-        for _ in a:  # sums over x of (g/d) x^j ...
-            da.append(g.sum())
-            g = g * t
-        for _ in b:  # ... and of -(g/d) R sgn(s) x^i
-            gs = gs * t
-            db.append(gs.sum())
-        return dx.to(x.dtype), torch.stack(da).to(a.dtype), torch.stack(db).to(b.dtype)
+        return compiled(rational_gradients, x)(x, a, b, g)
 
 
-def horner(x, c):
-    """c_0 + c_1 x + c_2 x^2 + ..., without ever forming a power of x."""
-    y = torch.zeros_like(x)
-    for j in reversed(range(len(c))):
-        y = y * x + c[j]
-    return y
+def rational(x, a, b):
+    t = x.to(torch.promote_types(x.dtype, torch.float32))
+    n, s = polynomial(t, a), polynomial(t, [0.0, *b])
+    return n.div_(s.abs_().add_(1)).to(x.dtype)
+
+
+def rational_gradients(x, a, b, g):
+    t = x.to(torch.promote_types(x.dtype, torch.float32))
+    (n, dn), (s, ds) = polynomial(t, a, slope=True), polynomial(t, [0.0, *b], slope=True)
+    sign, d = s.sign(), s.abs_().add_(1)
+    ga = g.to(t.dtype) / d  # what the sums for da are made of ...
+    gb = n.div_(d).mul_(ga).mul_(sign).neg_()  # ... and those for db
+    dx = dn.mul_(ga).addcmul_(ds, gb)
+    da, db = [ga.sum(-1)], []
+    for _ in a[1:]:
+        da.append(ga.mul_(t).sum(-1))
+    for _ in b:
+        db.append(gb.mul_(t).sum(-1))
+    # Summed in two stages: one running sum over millions of numbers would lose digits.
+    return (
+        dx.to(x.dtype),
+        torch.stack([r.sum() for r in da]).to(a.dtype),
+        torch.stack([r.sum() for r in db]).to(b.dtype),
+    )
+
+
+def polynomial(x, c, slope=False):
+    """c_0 + c_1 x + c_2 x^2 + ..., and its derivative if asked, by Horner's rule: no power of x is ever formed."""
+    y, dy = torch.zeros_like(x).add_(c[-1]), torch.zeros_like(x) if slope else None
+    for j in reversed(range(len(c) - 1)):
+        if slope:
+            dy.mul_(x).add_(y)
+        y.mul_(x).add_(c[j])
+    return (y, dy) if slope else y
+
+
+LARGE = 2**20  # elements
+
+
+@functools.cache
+def compiled_once(f):
+    return torch.compile(f)
+
+
+def compiled(f, x):
+    """f, compiled where that pays: it takes half a minute, and IAPT itself evaluates R on P m numbers a row.
+
+    Inside a model that is being compiled there is nothing to do: it is traced with the rest.
+    """
+    return compiled_once(f) if x.numel() >= LARGE and not torch.compiler.is_compiling() else f
 
 
 class Rational(nn.Module):

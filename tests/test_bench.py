@@ -9,6 +9,7 @@ from conftest import ROOT
 from test_train import SMALL, rows  # noqa: F401  (a fixture)
 
 import bench
+import quality
 import train
 from model import Config
 
@@ -18,27 +19,27 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name, row in bench.ROWS.items() if row[2]])
+@pytest.mark.parametrize("name", [name for name, row in quality.ROWS.items() if row[2]])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_size_is_the_one_nearest_to_the_budget(config, name):
-    method, _, size, most = bench.ROWS[name]
+    method, _, size, most = quality.ROWS[name]
     for budget in (1, 20_000, 100_000):
-        options, n = bench.sized(config, name, budget)
+        options, n = quality.sized(config, name, budget)
         at = int(options[-1].removeprefix(f"{size}="))
         assert 1 <= at <= most
         for other in {max(1, at - 1), min(most, at + 1)}:
-            there = bench.count(config, method, [*options[:-1], f"{size}={other}"])
+            there = quality.count(config, method, [*options[:-1], f"{size}={other}"])
             assert abs(there - budget) >= abs(n - budget)
 
 
 @pytest.mark.parametrize("best", [0.01, 0.02, 0.005, 0.16, 0.000625])
 def test_the_search_climbs_to_the_best_rate_and_the_rates_beside_it(best):
     """A valley in the rate, centred anywhere: it ends with a rate on either side of the lowest."""
-    quality = object.__new__(bench.Quality)
-    quality.args, quality.rates = SimpleNamespace(lr=None), {}
-    quality.bar = SimpleNamespace(total=0)
-    quality.trained = lambda name, lr, seed: {"val": max(lr / best, best / lr)}
-    found = quality.search("iapt")
+    runs = object.__new__(quality.Quality)
+    runs.args, runs.rates = SimpleNamespace(lr=None), {}
+    runs.bar = SimpleNamespace(total=0)
+    runs.trained = lambda name, lr, seed: {"val": max(lr / best, best / lr)}
+    found = runs.search("iapt")
     lowest = min(found, key=found.get)
     assert lowest == pytest.approx(best) and min(found) < lowest < max(found)
 
@@ -51,14 +52,14 @@ def test_a_comparison_scores_the_chosen_rate_alone_and_goes_on_after_a_break(tmp
         if len(calls) == stop:
             raise KeyboardInterrupt
         os.makedirs(folder, exist_ok=True)
-        if f is bench.train_one:
+        if f is quality.train_one:
             lr = float(args[0][args[0].index("--lr") + 1])
             made = {"val": abs(lr - 0.1), "lr": lr, "trainable": 100, "tokens_per_s": 1, "peak_bytes": 1}
-            bench.write(os.path.join(folder, "trained.json"), made)
+            quality.write(os.path.join(folder, "trained.json"), made)
         else:
-            bench.write(os.path.join(folder, "scores.json"), {"test": {"nats": float(len(calls))}})
+            quality.write(os.path.join(folder, "scores.json"), {"test": {"nats": float(len(calls))}})
 
-    monkeypatch.setattr(bench, "alone", pretend)
+    monkeypatch.setattr(quality, "alone", pretend)
     argv = ["quality", "--methods", "ptuning2,capt", "--budget", "4096", "--seeds", "2", "--out", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
         bench.main(argv)
@@ -81,30 +82,30 @@ def test_a_run_of_the_comparison_is_the_run_of_train_py(rows, tmp_path):  # noqa
     argv = [*SMALL, "--data", rows, "--method", "ptuning2", "-o", "P=2", "--lr", "0.05"]
     told = train.main([*argv, "--out", str(tmp_path / "a")])
     os.makedirs(tmp_path / "b")
-    bench.train_one(argv, str(tmp_path / "b"))
-    bench.score_one(argv, str(tmp_path / "b"), "exact", 0, 1)
-    scores = bench.read(tmp_path / "b" / "scores.json")
+    quality.train_one(argv, str(tmp_path / "b"))
+    quality.score_one(argv, str(tmp_path / "b"), "exact", 0, 1)
+    scores = quality.read(tmp_path / "b" / "scores.json")
     for name, (exact, nats) in told["after"].items():
         assert scores[name] == {"nats": nats, "exact %": 100 * exact}
-    assert bench.read(tmp_path / "b" / "trained.json")["trainable"] == 2 * 4 * 256
+    assert quality.read(tmp_path / "b" / "trained.json")["trainable"] == 2 * 4 * 256
     os.makedirs(tmp_path / "none")
-    bench.score_one(argv, str(tmp_path / "none"), "exact", 0, 1)
-    frozen = bench.read(tmp_path / "none" / "scores.json")
+    quality.score_one(argv, str(tmp_path / "none"), "exact", 0, 1)
+    frozen = quality.read(tmp_path / "none" / "scores.json")
     assert {name: s["nats"] for name, s in frozen.items()} == {name: nats for name, (_, nats) in told["before"].items()}
 
 
 def test_a_failed_run_is_one_line_with_its_reason(tmp_path):
     with pytest.raises(ValueError, match="a run failed: .*no data at nowhere"):
-        bench.alone(bench.train_one, str(tmp_path / "run"), 1, ["--data", "nowhere"], str(tmp_path / "run"))
+        quality.alone(quality.train_one, str(tmp_path / "run"), 1, ["--data", "nowhere"], str(tmp_path / "run"))
 
 
 def test_bleu_and_rouge_take_the_best_of_several_references():
     pytest.importorskip("sacrebleu", reason="pip install sacrebleu rouge-score")
     pytest.importorskip("rouge_score", reason="pip install sacrebleu rouge-score")
     refs = [["a pub by the river in the city centre .", "The Mill is a pub by the river ."], ["no , not at all ."]]
-    right = bench.bleu_and_rouge(["the mill is a pub by the river .", "no , not at all ."], refs)
+    right = quality.bleu_and_rouge(["the mill is a pub by the river .", "no , not at all ."], refs)
     assert right["BLEU"] == pytest.approx(100) and right["ROUGE-L"] == pytest.approx(100)
-    wrong = bench.bleu_and_rouge(["the river is a mill by the pub .", "yes ."], refs)
+    wrong = quality.bleu_and_rouge(["the river is a mill by the pub .", "yes ."], refs)
     assert wrong["BLEU"] < 50 and wrong["ROUGE-L"] < 50
 
 
@@ -126,5 +127,5 @@ def test_a_wrong_option_is_named(argv, says, capsys):
 def test_every_method_but_the_example_is_in_the_comparison():
     from baselines import METHODS
 
-    assert {row[0] for row in bench.ROWS.values()} == set(METHODS)
+    assert {row[0] for row in quality.ROWS.values()} == set(METHODS)
     assert os.path.exists(os.path.join(ROOT, "bench.py"))

@@ -1,0 +1,374 @@
+"""Every method on the same work, at equal budget: what `python bench.py quality` does.
+
+Each method gets the size whose trainable parameters are nearest to the budget, and the learning rate of the lowest
+validation loss: from the method's own rate, twice and half of it, and on from the better end as long as that helps.
+Then K seeds are trained at that rate and scored on the test sets, which no choice has seen.  Every run is a process
+and a folder of its own: interrupted, the same command goes on; with more seeds or methods, it adds them.
+
+A map: ROWS, the methods; `sized`; one run (`train_one`, `score_one`); `Quality`, all of them; `markdown`, the table.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from tqdm import tqdm
+
+import train
+from baselines import build, fill, load_tuner
+from data import replacing, template
+
+# A row of the comparison: the method, its options, the option that sets its size and the most we give it.
+ROWS = {
+    "iapt": ("iapt", "", "m", 10**6),
+    "iapt-paper": ("iapt", "space=hidden static=0 norm=0", "m", 10**6),
+    "iapt-hidden": ("iapt", "space=hidden", "m", 10**6),
+    "ptuning2": ("ptuning2", "", "P", 10**6),
+    "static": ("static", "", "P", 10**6),
+    "static4": ("ptuning2", "P=4", None, 0),
+    "prefix": ("prefix", "P=10", "hidden", 10**6),
+    "prompt": ("prompt", "", "P", 40),  # each is one more position in every layer
+    "dynamic": ("dynamic", "pool=4", "P", 20),
+    "capt": ("capt", "", None, 0),  # one soft token a layer is what it is
+    "lora": ("lora", "", "r", 10**6),
+    "adapter": ("adapter", "", "m", 10**6),
+    "full": ("full", "", None, 0),
+    "mine": ("mine", "", "P", 10**6),
+}
+LEFT_OUT = ("static4", "iapt-hidden", "mine")  # unless asked for
+METRICS = {"none": [], "exact": ["exact %"], "bleu": ["BLEU", "ROUGE-L"]}
+
+
+def options(parser):
+    """Add the options of the comparison to a parser of arguments."""
+    add, or_ = parser.add_argument, "(default: %(default)s)"
+    add("--methods", default=",".join(name for name in ROWS if name not in LEFT_OUT), help=f"{', '.join(ROWS)} {or_}")
+    add("--budget", type=int, default=16000, help=f"trainable parameters {or_}")
+    add("--seeds", type=int, default=3, help=or_)
+    add("--lr", type=float, help="this rate for all methods, in place of the search")
+    add(
+        "--rates",
+        metavar="FILE",
+        help="each method's rate from the quality.json of another run, in place of the search",
+    )
+    add("--metric", default="exact", choices=METRICS, help=f"beside the loss: {', '.join(METRICS)} {or_}")
+    add("--texts", type=int, default=0, help="write at most so many texts of a test set for --metric bleu; 0: all")
+    add("--beams", type=int, default=3, help=f"for the texts of --metric bleu {or_}")
+    add("--jobs", type=int, default=1, help=f"runs side by side {or_}")
+    add("--out", default="out/bench", help=or_)
+
+
+def check(args, parser):
+    """Stop with a line and status 2 if options of the comparison, or those of train.py after them, are wrong."""
+    args.methods = args.methods.split(",")
+    for name in args.methods:
+        if name not in ROWS:
+            parser.error(f"no method {name!r}. There are: {', '.join(ROWS)}")
+    for name in ("budget", "seeds", "beams", "jobs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for own in ("--method", "-o", "--seed", "--out", "--resume", "--force"):
+        if own in args.rest:
+            parser.error(f"{own} is for bench.py to set, run by run")
+    train.parse([*args.rest, "--out", args.out])  # so that a mistake in them is said now
+
+
+# -- Sizes -------------------------------------------------------------------------------------------------------------
+
+
+def count(config, method, options):
+    """Parameters that train."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(method, config, options).parameters())
+
+
+def sized(config, name, budget):
+    """A row's options, such that as nearly as possible `budget` parameters train, and how many do."""
+    method, options, size, most = ROWS[name]
+    options = options.split()
+    if size is None:
+        return options, count(config, method, options)
+
+    def at(n):
+        return count(config, method, [*options, f"{size}={n}"])
+
+    step = at(2) - at(1)  # every method grows by the same number of parameters each time
+    n = min(max(1, 1 + round((budget - at(1)) / step)), most)
+    return [*options, f"{size}={n}"], at(n)
+
+
+# -- One run, in a process of its own ----------------------------------------------------------------------------------
+
+
+def peak_memory(device):
+    """Bytes at the peak of this process: of the GPU if it has used one, else resident."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def train_one(argv, folder):
+    """Train, or go on training; leaves trained.json."""
+    path = os.path.join(folder, "last.pt")
+    args = train.parse([*argv, "--out", folder, *(["--resume"] if os.path.exists(path) else ["--force"])])
+    before = peak_memory(train.pick_device(args.device)[0])
+    session = train.begin(args)
+    session.tuner.attach(session.model)
+    train.clear(args)
+    device = session.model.wte.weight.device
+    best = train.train(session.model, session.tuner, session.examples["train"], session.examples["val"], args,
+                       session.meta)  # fmt: skip
+    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
+        log = [json.loads(line) for line in f]
+    write(os.path.join(folder, "trained.json"), {
+        "val": best["val"], "step": best["step"], "lr": args.lr,
+        "trainable": sum(p.numel() for p in session.tuner.parameters()),
+        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in log),
+        "peak_bytes": peak_memory(device) - before,
+    })  # fmt: skip
+    os.remove(path)  # its optimizer state is three times the size of the rest
+
+
+def score_one(argv, folder, metric, texts, beams):
+    """Score best.pt on the test sets, or the frozen model alone if there is none; leaves scores.json."""
+    best = os.path.join(folder, "best.pt")
+    args = train.parse([*argv, "--out", os.path.join(folder, "scores")])
+    args.test_rows, most = 0, args.test_rows  # all of them: a text is compared with all its references
+    session = train.begin(args)
+    tuner = None
+    if os.path.exists(best):
+        tuner = session.tuner
+        tuner.attach(session.model)
+        fill(tuner, load_tuner(best), best)
+        tuner.eval()
+    scores = {}
+    for name in session.tests:
+        exact, nats = train.evaluate(session.model, train.spread(session.examples[name], most), tuner)
+        scores[name] = {"nats": nats}
+        if metric == "exact":
+            scores[name]["exact %"] = 100 * exact
+        if metric == "bleu":
+            said, references = answers(session, name, tuner, texts, beams)
+            scores[name].update(bleu_and_rouge(said, references))
+            write(os.path.join(folder, f"{name}.texts.json"), said)
+    write(os.path.join(folder, "scores.json"), scores)
+
+
+def answers(session, name, tuner, most, beams, size=32):
+    """An answer to each different prompt of a test set (to `most` of them), and all outputs that the set has for it."""
+    groups = {}
+    for row in session.rows[name]:
+        groups.setdefault(template(row), []).append(row)
+    rows, texts = train.spread([group[0] for group in groups.values()], most), []
+    rows.sort(key=lambda row: len(template(row)))
+    for i in range(0, len(rows), size):
+        texts += train.answer(session.model, session.tokenizer, rows[i : i + size], tuner, beams=beams)
+    return texts, [[row["output"] for row in groups[template(row)]] for row in rows]
+
+
+def bleu_and_rouge(texts, references):
+    """BLEU and ROUGE-L, 0 to 100, each text against all its references.
+
+    BLEU is what the E2E challenge computes: mteval's 13a tokens, lower case, several references.  ROUGE-L is the mean
+    over texts of the best F1 among the references, by the package rouge-score (the challenge's own script weighs recall
+    more).
+    """
+    try:
+        import sacrebleu
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as e:
+        raise ModuleNotFoundError(f"--metric bleu needs {e.name}: pip install sacrebleu rouge-score") from None
+    most = max(map(len, references))
+    columns = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
+    bleu = sacrebleu.corpus_bleu(texts, columns, lowercase=True, tokenize="13a").score
+    scorer = RougeScorer(["rougeL"])
+    rouge = [scorer.score_multi(refs, text)["rougeL"].fmeasure for text, refs in zip(texts, references)]
+    return {"BLEU": bleu, "ROUGE-L": 100 * statistics.mean(rouge)}
+
+
+def write(path, content):
+    with replacing(path) as f:
+        json.dump(content, f, indent=1)
+
+
+def read(path):
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def alone(f, folder, threads, *args):
+    """Call f(*args) in a process of its own; what it says goes to the folder's output.txt."""
+    os.makedirs(folder, exist_ok=True)
+    process = multiprocessing.get_context("spawn").Process(target=quietly, args=(f, folder, threads, *args))
+    process.start()
+    process.join()
+    if process.exitcode:
+        path = os.path.join(folder, "output.txt")
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().strip().splitlines()
+        raise ValueError(f"a run failed: {lines[-1] if lines else 'without a word'} ({path})")
+
+
+def quietly(f, folder, threads, *args):
+    torch.set_num_threads(threads)
+    sys.stdout = sys.stderr = open(os.path.join(folder, "output.txt"), "a", encoding="utf-8")  # noqa: SIM115
+    f(*args)
+
+
+# -- All of them -------------------------------------------------------------------------------------------------------
+
+
+class Quality:
+    """The runs of one comparison, and what is known of them."""
+
+    def __init__(self, args):
+        self.args = args
+        self.threads = max(1, torch.get_num_threads() // args.jobs)
+        model, _ = train.open_model(train.parse([*args.rest, "--out", args.out]).init)
+        self.sizes = {name: sized(model.config, name, args.budget) for name in args.methods}
+        self.rates = {}
+        if args.rates:
+            self.rates = {row["method"]: row["lr"] for row in read(args.rates)["rows"] if row["lr"]}
+
+    def argv(self, name, lr, seed):
+        method, (options, _) = ROWS[name][0], self.sizes[name]
+        given = ["-o", *options] if options else []
+        return [*self.args.rest, "--method", method, "--seed", str(seed), "--lr", repr(lr), *given]
+
+    def trained(self, name, lr, seed):
+        """The content of a run's trained.json, after the run if there is none yet."""
+        folder = os.path.join(self.args.out, name, f"lr{lr:.3g}-seed{seed}")
+        path = os.path.join(folder, "trained.json")
+        if not os.path.exists(path):
+            alone(train_one, folder, self.threads, self.argv(name, lr, seed), folder)
+            self.bar.update()
+        return read(path)
+
+    def scored(self, name, lr, seed):
+        folder = os.path.join(self.args.out, name, f"lr{lr:.3g}-seed{seed}")
+        path = os.path.join(folder, "scores.json")
+        if not os.path.exists(path):
+            how = self.args.metric, self.args.texts, self.args.beams
+            alone(score_one, folder, self.threads, self.argv(name, lr, seed), folder, *how)
+        return read(path)
+
+    def search(self, name):
+        """Validation loss by learning rate: the method's own, twice and half of it, and on from the better end."""
+        own = train.METHODS[ROWS[name][0]].lr
+        if self.args.lr or name in self.rates:
+            lr = self.args.lr or self.rates[name]
+            return {lr: self.trained(name, lr, 0)["val"]}
+        found = {}
+        for factor in (1, 2, 0.5):
+            found[own * factor] = self.trained(name, own * factor, 0)["val"]
+        for end, factor in ((max, 2), (min, 0.5)):
+            while end(found) == (best := min(found, key=found.get)):
+                self.bar.total += 1
+                found[best * factor] = self.trained(name, best * factor, 0)["val"]
+        return found
+
+    def row(self, name):
+        """A line of the table, with all that it rests on."""
+        found = self.search(name)
+        lr = min(found, key=found.get)
+        runs = [self.trained(name, lr, seed) for seed in range(self.args.seeds)]
+        scores = [self.scored(name, lr, seed) for seed in range(self.args.seeds)]
+        return {
+            "method": name, "options": " ".join(self.sizes[name][0]), "trainable": runs[0]["trainable"], "lr": lr,
+            "off_budget": runs[0]["trainable"] / self.args.budget - 1, "search": found,
+            "val": spread([r["val"] for r in runs]),
+            "tokens_per_s": statistics.median(r["tokens_per_s"] for r in runs),
+            "peak_mb": max(r["peak_bytes"] for r in runs) / 1e6,
+            "scores": {test: {key: spread([s[test][key] for s in scores]) for key in scores[0][test]}
+                       for test in scores[0]},
+        }  # fmt: skip
+
+    def frozen(self):
+        folder = os.path.join(self.args.out, "frozen")
+        path = os.path.join(folder, "scores.json")
+        if not os.path.exists(path):
+            how = self.args.metric, self.args.texts, self.args.beams
+            alone(score_one, folder, self.threads, self.args.rest, folder, *how)
+        scores = {test: {key: spread([x]) for key, x in s.items()} for test, s in read(path).items()}
+        return {"method": "frozen", "options": "", "trainable": 0, "lr": None, "scores": scores}
+
+    def all(self):
+        """All rows; what is there is saved after each."""
+        rows, lock = {"frozen": self.frozen()}, threading.Lock()
+
+        def one(name):
+            row = self.row(name)
+            with lock:
+                rows[name] = row
+                self.save([rows[name] for name in ("frozen", *self.args.methods) if name in rows])
+
+        runs = (1 if self.args.lr or self.args.rates else 3) + self.args.seeds - 1
+        with tqdm(total=runs * len(self.args.methods), unit="run", dynamic_ncols=True) as self.bar:
+            with ThreadPoolExecutor(self.args.jobs) as pool:
+                try:
+                    for done in [pool.submit(one, name) for name in self.args.methods]:
+                        done.result()
+                except BaseException:  # Ctrl-C has reached the runs, too: they save; the others shall not begin
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        return [rows[name] for name in ("frozen", *self.args.methods)]
+
+    def save(self, rows):
+        how = {"options": " ".join(self.args.rest), "budget": self.args.budget, "machine": machine(),
+               "jobs": self.args.jobs, "seeds": self.args.seeds}  # fmt: skip
+        write(os.path.join(self.args.out, "quality.json"), {**how, "rows": rows})
+        with replacing(os.path.join(self.args.out, "quality.md")) as f:
+            f.write("\n".join([*markdown(rows), "", f"{self.args.seeds} seeds, {machine()}", ""]))
+
+
+def machine():
+    """What figures of speed and memory depend on."""
+    name = platform.processor() or "a CPU"
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores of {name}"
+    return f"PyTorch {torch.__version__}, {device}"
+
+
+def spread(values):
+    """[mean, standard deviation]; the latter None for a single value."""
+    return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
+
+
+def markdown(rows):
+    """The table, lowest loss first: mean ± standard deviation."""
+    tests = rows[0]["scores"]
+    columns = [(test, key) for test in tests for key in tests[test]]
+    short = {test: test.removeprefix("test_") for test in tests}
+    names = [f"{key} {short[test]}" if len(tests) > 1 else key for test, key in columns]
+    yield " | ".join(["| method", "options", "trainable", "lr", *names, "tokens/s", "peak MB |"])
+    yield "|" + "---|" * (len(columns) + 6)
+
+    def cell(mean, sd, digits):
+        return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else "")
+
+    first = columns[0]
+    for row in sorted(rows, key=lambda row: row["scores"][first[0]][first[1]][0]):
+        scores = [cell(*row["scores"][test][key], 3 if key == "nats" else 1) for test, key in columns]
+        cost = [f"{row['tokens_per_s']:,.0f}", f"{row['peak_mb']:,.0f}"] if row["lr"] else ["", ""]
+        rate = f"{row['lr']:.2g}" if row["lr"] else ""
+        yield "| " + " | ".join([row["method"], row["options"], f"{row['trainable']:,}", rate, *scores, *cost]) + " |"
+
+
+def main(args):
+    rows = Quality(args).all()
+    print("\n".join(markdown(rows)))
+    for row in rows:
+        if abs(row.get("off_budget", 0)) > 0.05:
+            print(f"{row['method']} cannot match the budget: {row['trainable']:,} parameters, {row['off_budget']:+.0%}")
+    jobs = f", {args.jobs} runs side by side" if args.jobs > 1 else ""
+    print(f"\n{args.seeds} seeds; {machine()}{jobs}; saved {os.path.join(args.out, 'quality.json')} and .md")
