@@ -34,6 +34,10 @@ from model import Config, Decoder, generate
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = os.path.join(HERE, "data", "tiny")
 FILES = ("last.pt", "best.pt", "log.jsonl")  # of a run
+DEFINE = (
+    "method", "init", "data", "seed", "steps", "lr", "batch_size", "weight_decay", "eval_every", "train_rows",
+    "val_rows", "skip_bad", "truncate", "bilevel",
+)  # fmt: skip  # options that make a run what it is: with others it cannot be resumed
 
 
 def parse(argv=None):
@@ -51,6 +55,8 @@ def parse(argv=None):
     add("--weight-decay", type=float, default=0.0, help=or_)
     add("--batch-size", type=int, default=32, help=f"rows a step {or_}")
     add("--block-size", type=int, help="longest row in tokens (default: what the model takes)")
+    add("--skip-bad", action="store_true", help="leave out rows that cannot be used, and count them")
+    add("--truncate", action="store_true", help="cut rows that are too long (default: refuse them)")
     add("--eval-every", type=int, default=100, help=f"steps between validations, each of which saves {or_}")
     add("--train-rows", type=int, default=0, help=f"train on so many rows, drawn by --seed; 0: all {or_}")
     add("--val-rows", type=int, default=320, help=f"validate on at most so many rows; 0: all {or_}")
@@ -326,23 +332,20 @@ def begin(args):
         prepare.tiny(TINY)
     model, tokenizer = open_model(args.init, args.o, device, dtype)
     block_size = min(args.block_size or model.config.block_size, model.config.block_size)
-    rows = load(where)
+    rows = load(where, args.skip_bad)
     most = {"val": args.val_rows, "train": 0}
     rows = {name: spread(r, most.get(name, args.test_rows)) for name, r in rows.items()}
     if 0 < args.train_rows < len(rows["train"]):
         rows["train"] = random.Random(args.seed).sample(rows["train"], args.train_rows)
-    examples = {name: encode(r, tokenizer, block_size) for name, r in rows.items()}
+    examples = {name: encode(r, tokenizer, block_size, args.truncate) for name, r in rows.items()}
     torch.manual_seed(args.seed)
     tuner = build(args.method, model.config, [] if scratch else args.o).to(device)
     tuner.start(model)
     if args.bilevel and not tuner.upper():
         raise ValueError(f"--bilevel: {args.method} with these options has no learned activation")
     args.lr = tuner.lr if args.lr is None else args.lr
-    meta = {"method": args.method, "options": args.o, "init": args.init, "base": weights.fingerprint(model),
-            "data": args.data, "seed": args.seed, "steps": args.steps, "lr": args.lr, "batch_size": args.batch_size,
-            "weight_decay": args.weight_decay, "eval_every": args.eval_every, "train_rows": args.train_rows,
-            "val_rows": args.val_rows, "bilevel": args.bilevel, "block_size": block_size,
-            "dtype": str(dtype)}  # fmt: skip
+    meta = {name: getattr(args, name) for name in DEFINE}
+    meta.update(options=args.o, base=weights.fingerprint(model), block_size=block_size, dtype=str(dtype))
     tests = [name for name in rows if name.startswith("test")]
     return SimpleNamespace(
         model=model, tokenizer=tokenizer, tuner=tuner, rows=rows, examples=examples, tests=tests, meta=meta, why=why

@@ -10,8 +10,10 @@ A row with `prompt` in place of `instruction` is plain text, for pretraining.
 """
 
 import base64
+import codecs
 import contextlib
 import csv
+import io
 import json
 import os
 import random
@@ -247,31 +249,75 @@ def read_json(path):
         raise ValueError(f"{path} is not JSON ({str(e)[:80]})") from None
 
 
-def read_rows(path):
+def read_rows(path, skip_bad=False):
     """Rows of a .jsonl, .json (a list) or .csv file.  Columns `mr`, `ref` (the E2E data) become input and output.
 
-    Raises ValueError with the file and the row for what is not a row.
+    Raises ValueError with the file and the line for what is not a row; with skip_bad such rows are left out, and
+    counted on standard error.
     """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            if path.endswith(".jsonl"):
-                rows = [json.loads(line) for line in f if line.strip()]
-            else:
-                rows = json.load(f) if path.endswith(".json") else list(csv.DictReader(f))
-    except (ValueError, csv.Error, RecursionError) as e:
-        raise ValueError(f"{path} cannot be read: {e}") from None
-    if not isinstance(rows, list) or not rows:
+    rows, bad = [], []
+    for where, raw in raw_rows(path):
+        try:
+            rows.append(as_row(raw))
+        except (ValueError, RecursionError) as e:
+            bad.append(f"{path}, {where}: {e}")
+            if not skip_bad:
+                raise ValueError(f"{bad[0]} (--skip-bad leaves such rows out)") from None
+    if bad:
+        print(f"left out {len(bad):,} of {len(bad) + len(rows):,} rows. The first: {bad[0]}", file=sys.stderr)
+    if not rows:
         raise ValueError(f"{path} has no rows")
-    for i, row in enumerate(rows):
-        if isinstance(row, dict) and "mr" in row:
-            row = rows[i] = {"instruction": "Describe the restaurant.", "input": row["mr"], "output": row.get("ref")}
-        if not isinstance(row, dict) or "output" not in row or not ("instruction" in row or "prompt" in row):
-            has = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)[:40]
-            raise ValueError(f"{path}, row {i + 1}: it has {has}; it needs instruction and output")
-        for key in ("prompt" if "prompt" in row else "instruction", "output"):
-            if not isinstance(row[key], str):
-                raise ValueError(f"{path}, row {i + 1}: {key} is {row[key]!r}, and should be text")
     return rows
+
+
+def raw_rows(path):
+    """(where, bytes of JSON or a dict) of each row.  Raises ValueError for a file that has no rows to speak of."""
+    with open(path, "rb") as f:
+        content = f.read().removeprefix(codecs.BOM_UTF8)
+    if path.endswith(".jsonl"):
+        lines = content.split(b"\n")  # not splitlines: a JSON text may hold what Unicode calls a line's end
+        return [(f"line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+    try:
+        text = content.decode()
+        if path.endswith(".json"):
+            whole = json.loads(text, object_pairs_hook=once)
+            return [(f"row {i}", row) for i, row in enumerate(whole, 1)] if isinstance(whole, list) else []
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        return [(f"line {reader.line_num}", row) for row in reader]
+    except UnicodeDecodeError as e:
+        line = content.count(b"\n", 0, e.start) + 1
+        raise ValueError(f"{path}, line {line}: it is not UTF-8 ({e.reason}). Save it in that encoding") from None
+    except csv.Error as e:
+        raise ValueError(f"{path}, near line {reader.line_num}: {e}") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} cannot be read: {e}") from None
+
+
+def once(pairs):
+    """A JSON object as a dict.  Raises ValueError for a key that occurs twice: which of the two is meant?"""
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it has the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return out
+
+
+def as_row(raw):
+    """A row from its line of JSON or its dict.  Raises ValueError for what is no row, or has nothing to learn."""
+    row = json.loads(raw.decode(), object_pairs_hook=once) if isinstance(raw, bytes) else raw
+    if isinstance(row, dict) and "mr" in row:
+        row = {"instruction": "Describe the restaurant.", "input": row["mr"], "output": row.get("ref")}
+    if not isinstance(row, dict) or "output" not in row or not ("instruction" in row or "prompt" in row):
+        has = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)[:40]
+        raise ValueError(f"it has {has or 'nothing'}; it needs instruction and output")
+    if None in row:
+        raise ValueError(f"it has more columns than the first line: {row[None]}"[:100])
+    for key in ("prompt" if "prompt" in row else "instruction", "output", "input"):
+        if not isinstance(row.get(key), str) and not (key == "input" and row.get(key) is None):
+            raise ValueError(f"{key} is {row.get(key)!r}"[:80] + ", and should be text")
+    if not row["output"].strip():
+        raise ValueError("output is empty: there is nothing to learn")
+    return row
 
 
 def split(rows, seed=0, part=0.1):
@@ -285,7 +331,7 @@ def split(rows, seed=0, part=0.1):
     return [row for k in keys[n:] for row in groups[k]], [row for k in keys[:n] for row in groups[k]]
 
 
-def load(where):
+def load(where, skip_bad=False):
     """Splits of a data set: {"train": rows, "val": rows, "test": rows, "test_...": rows}.
 
     A folder with train and, if there are, val, test, test_*, each .jsonl, .json or .csv; or E2E's folder (trainset.csv
@@ -293,7 +339,7 @@ def load(where):
     split off by instruction, a tenth each.
     """
     if os.path.isfile(where):
-        found = {"train": read_rows(where)}
+        found = {"train": read_rows(where, skip_bad)}
     elif os.path.isdir(where):
         alias = {"trainset": "train", "devset": "val", "testset_w_refs": "test"}
         if os.path.exists(os.path.join(where, "devset.csv")) and not os.path.exists(
@@ -305,7 +351,7 @@ def load(where):
             stem, ext = os.path.splitext(name)
             stem = alias.get(stem, stem)
             if ext in (".jsonl", ".json", ".csv") and (stem in ("train", "val", "test") or stem.startswith("test_")):
-                found[stem] = read_rows(os.path.join(where, name))
+                found[stem] = read_rows(os.path.join(where, name), skip_bad)
         if "train" not in found:
             raise FileNotFoundError(f"no data in {where}: no train.jsonl, .json or .csv")
     else:
@@ -324,16 +370,26 @@ def load(where):
 # -- Batches -----------------------------------------------------------------------------------------------------------
 
 
-def encode(rows, tokenizer, block_size):
-    """Rows -> (prompt ids, response ids).  Raises ValueError for a row that does not fit."""
-    examples = []
+def encode(rows, tokenizer, block_size, truncate=False):
+    """Rows -> (prompt ids, response ids).
+
+    A row that does not fit raises ValueError; with truncate its prompt loses what stands before "Response:", and a
+    response that takes more than half of the block its end.
+    """
+    examples, tail = [], len(tokenizer.encode("\nResponse:"))
     for i, row in enumerate(rows):
         prompt = tokenizer.prompt(template(row))
         response = tokenizer.encode(" " + row["output"].strip()) + [tokenizer.end] * row.get("end", True)
         if len(prompt) + len(response) > block_size:
-            raise ValueError(
-                f"row {i + 1} has {len(prompt) + len(response)} tokens, the model takes {block_size}: {row}"[:300]
-            )
+            if not truncate:
+                raise ValueError(
+                    f"row {i + 1} has {len(prompt) + len(response)} tokens, the model takes {block_size}"
+                    f" (--truncate cuts such rows): {row}"[:300]
+                )
+            response = response[: block_size - min(len(prompt), block_size - block_size // 2)]
+            room = block_size - len(response)
+            if len(prompt) > room:
+                prompt = prompt[: max(0, room - tail)] + prompt[-min(tail, room) :]
         examples.append((prompt, response))
     return examples
 

@@ -1,5 +1,6 @@
 """tiny keeps knowledge and task apart; tokens lose nothing; batches are a pure function of seed and step."""
 
+import codecs
 import csv
 import json
 import os
@@ -299,16 +300,24 @@ def test_json_and_csv_files_are_read_alike(tmp_path):
 @pytest.mark.parametrize(
     "name, content, says",
     [
-        ("a.jsonl", '{"question": "?"}\n', "row 1: it has question; it needs instruction and output"),
-        ("a.jsonl", '{"instruction": "?", "output": "x"}\n[1]\n', "row 2: it has .1.; it needs"),
-        ("a.jsonl", '{"instruction": "?", "output": 3}\n', "row 1: output is 3, and should be text"),
-        ("a.jsonl", '{"instruction": null, "output": "x"}\n', "row 1: instruction is None, and should be text"),
-        ("a.jsonl", "{", "a.jsonl cannot be read"),
-        ("a.jsonl", b"\xff\xfe", "a.jsonl cannot be read"),
+        ("a.jsonl", '{"question": "?"}\n', "line 1: it has question; it needs instruction and output"),
+        ("a.jsonl", '{"instruction": "?", "output": "x"}\n\n[1]\n', "line 3: it has .1.; it needs"),
+        ("a.jsonl", '{"instruction": "?", "output": 3}\n', "line 1: output is 3, and should be text"),
+        ("a.jsonl", '{"instruction": null, "output": "x"}\n', "line 1: instruction is None, and should be text"),
+        ("a.jsonl", '{"instruction": "?", "output": "x", "input": 5}\n', "line 1: input is 5, and should be text"),
+        ("a.jsonl", '{"instruction": "?", "output": " "}\n', "line 1: output is empty"),
+        ("a.jsonl", '{"instruction": "?", "output": "x", "output": "y"}\n', "line 1: it has the key 'output' twice"),
+        ("a.jsonl", "{", "a.jsonl, line 1: .*--skip-bad"),
+        ("a.jsonl", b'{"instruction": "?", "output": "x"}\n\xff\xfe\n', "line 2: .* can't decode"),
         ("a.jsonl", "\n", "a.jsonl has no rows"),
+        ("a.jsonl", "", "a.jsonl has no rows"),
         ("a.json", '{"instruction": "?"}', "a.json has no rows"),
-        ("a.csv", "instruction,output\nx\n", "row 1: output is None"),
-        ("a.csv", "instruction,output\nx," + "y" * 200_000 + "\n", "a.csv cannot be read"),
+        ("a.json", "[" * 100_000, "a.json cannot be read"),
+        ("a.csv", "instruction,output\nx\n", "line 2: output is None"),
+        ("a.csv", "instruction,output\nx,y,z\n", "line 2: it has more columns than the first line: ..z.."),
+        ("a.csv", 'instruction,output\nx,y\nx,"y' + "y" * 200 + "\n", "near line 2: unexpected end of data"),
+        ("a.csv", "instruction,output\nx," + "y" * 200_000 + "\n", "near line [12]: field larger"),
+        ("a.csv", b"instruction,output\na,b\nx,caf\xe9\n", "line 3: it is not UTF-8"),
         ("a.json", '[{"instruction": "?", "output": "x"}]', "too few different instructions"),
     ],
 )
@@ -316,6 +325,28 @@ def test_what_is_not_rows_is_refused_with_its_file(tmp_path, name, content, says
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=says):
         load(str(tmp_path / name))
+
+
+def test_bad_rows_are_left_out_on_request_and_counted(tmp_path, capsys):
+    good = [{"instruction": f"say {i}", "output": str(i)} for i in range(30)]
+    lines = [json.dumps(row).encode() for row in good]
+    lines[10:10] = [b"{", b"\xff", b'{"output": "x"}', b"[" * 100_000]
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + b"\r\n".join(lines))
+    with pytest.raises(ValueError, match="a.jsonl, line 11: "):
+        read_rows(str(tmp_path / "a.jsonl"))
+    assert read_rows(str(tmp_path / "a.jsonl"), skip_bad=True) == good
+    assert "left out 4 of 34 rows. The first: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("block_size", [12, 20, 40])
+def test_a_row_that_is_too_long_is_cut_on_request_and_still_asks(tokenizer, block_size):
+    rows = [{"instruction": "word " * n, "output": "word " * k} for n in (1, 5, 60) for k in (1, 5, 60)]
+    for row, (prompt, response) in zip(rows, encode(rows, tokenizer, block_size, truncate=True)):
+        whole = len(tokenizer.prompt(template(row))) + len(row["output"].split()) + 1
+        assert len(prompt) + len(response) == min(whole, block_size) and response
+        assert tokenizer.decode(prompt).endswith("Response:") and len(response) >= min(2, block_size // 2)
+    (plain,) = encode(rows[:1], tokenizer, block_size)
+    assert plain == encode(rows[:1], tokenizer, block_size, truncate=True)[0]
 
 
 def test_a_folder_without_data_is_refused(tmp_path):
