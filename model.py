@@ -8,6 +8,7 @@ A map of this file, top to bottom:
     GeluMLP, SwiGLU
     Block        norm, attention, norm, MLP
     Cache        keys and values already computed, for decoding one token a step
+    HeadLoss     the loss of a frozen head, without keeping its logits
     Decoder      embed -> blocks -> norm -> head;  forward, prefill, step
     generate     text from prompts of different lengths, in one batch; search, its beam search
 
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -269,12 +271,43 @@ class Cache:
         self.at, self.pos = self.at[rows], self.pos[rows]
 
 
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy, in nats, of logits x W^T (N, V) against targets (N,), for a frozen W.
+
+    Its gradient by x, (softmax - one-hot) W / N, is computed with the loss itself, for CHUNK targets at a time: so
+    there are never more logits than that, and none are kept.
+    """
+
+    CHUNK = 1024
+
+    @staticmethod
+    def forward(x, weight, targets):
+        loss, dx = x.new_zeros((), dtype=torch.float32), torch.empty_like(x)
+        for some, t, d in zip(*(y.split(HeadLoss.CHUNK) for y in (x, targets, dx))):
+            logits = F.linear(some, weight).float()
+            loss += F.cross_entropy(logits, t, reduction="sum")
+            p = logits.softmax(-1)
+            p[torch.arange(len(t), device=t.device), t] -= 1
+            d.copy_((p / len(x)).to(weight.dtype) @ weight)
+        return loss / len(x), dx
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx, g, _):
+        return ctx.saved_tensors[0] * g, None, None
+
+
 class Decoder(nn.Module):
     """A decoder-only language model: idx (B, T) -> logits (B, T, V)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        self.checkpointing = False  # True: a block's activations are computed again for the backward pass, not kept
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         self.wpe = nn.Embedding(c.block_size, c.n_embd) if c.arch == "gpt2" else None
         self.rotary = Rotary(c) if c.arch == "llama" else None
@@ -324,7 +357,10 @@ class Decoder(nn.Module):
         for l, block in enumerate(self.h):
             slots = tuner.kv(block, l, x, instr) if tuner is not None else None
             seen = places(slots, keep, x)
-            x, (k, v) = block(x, rope, slots, seen)
+            if self.checkpointing and torch.is_grad_enabled():
+                x, (k, v) = checkpoint(block, x, rope, slots, seen, use_reentrant=False)
+            else:
+                x, (k, v) = block(x, rope, slots, seen)
             if layers is not None:
                 layers.append((k, v, k.shape[2] - x.shape[1], seen))
         if at is not None:
@@ -343,6 +379,8 @@ class Decoder(nn.Module):
         if targets is None:
             return self.head(x)
         there = targets >= 0
+        if x.requires_grad and not self.head.weight.requires_grad:
+            return HeadLoss.apply(x[there], self.head.weight, targets[there])[0]
         return F.cross_entropy(self.head(x[there]).float(), targets[there])
 
     @torch.no_grad()

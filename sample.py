@@ -12,6 +12,8 @@ import argparse
 import os
 import sys
 
+import torch
+
 import weights
 from baselines import build, fill, load_tuner
 from data import run
@@ -55,6 +57,7 @@ def parse(argv=None):
     add(
         "--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the frozen weights (default: %(default)s)"
     )
+    add("--compile", action="store_true", help="torch.compile the decode step: for long or many answers")
     add("--force", action="store_true", help="use the tuning even on a model that it was not trained for")
     args = parser.parse_args(argv)
     if bool(args.tenant) == bool(args.checkpoint):
@@ -107,6 +110,8 @@ def main(argv=None):
         tuner = Tenants(tuners, who).to(device)
     if tuner is not None:
         tuner.attach(model)
+    if args.compile:
+        model.step = torch.compile(model.step, fullgraph=True)
 
     def ask(instructions):
         inputs = args.input * len(instructions) if len(args.input) == 1 else args.input or [""] * len(instructions)

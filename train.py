@@ -67,6 +67,7 @@ def parse(argv=None):
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help=f"of the frozen weights {or_}")
     add("--seed", type=int, default=0, help=or_)
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
+    add("--checkpoint", action="store_true", help="compute activations again for the backward pass: less memory")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--force", action="store_true", help="start again over the run in --out")
     args = parser.parse_args(argv)
@@ -197,6 +198,14 @@ def train(model, tuner, train_examples, val_examples, args, meta):
             kept = f"{best} is intact" if os.path.exists(best) else "nothing had been saved yet"
             raise ValueError(f"loss is {loss} at step {step}; {kept}. Try --lr {args.lr / 4:.1g}")
         return loss
+
+    model.checkpointing = args.checkpoint
+    if args.compile:  # on a first batch, so that its time is not counted as training
+        clock, model.hidden = time.perf_counter(), torch.compile(model.hidden)
+        idx, targets, instr = levels[0].batch(state["step"])
+        tuner.train()
+        model(idx, instr, tuner, targets).backward()
+        print(f"compiled in {time.perf_counter() - clock:.0f} s")
 
     tokens, clock = 0, time.perf_counter()
     with Stop() as stop, tqdm(initial=state["step"], total=args.steps, dynamic_ncols=True, unit="step") as bar:
@@ -380,8 +389,6 @@ def main(argv=None):
     kept = "all of it trains, in float32" if args.method == "full" else f"frozen in {str(dtype)[6:]} ({session.why})"
     print(f"{args.init} on {device}, {kept}")
     print(f"{args.data}: {', '.join(f'{name} {len(r):,}' for name, r in rows.items())} rows")
-    if args.compile:
-        model.hidden = torch.compile(model.hidden)
     clear(args)
     best = train(model, tuner, examples["train"], examples["val"], args, session.meta)
 

@@ -2,11 +2,14 @@
 spaces.
 """
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import right_padded, shake, small_model, small_tuner
 
+import iapt
 from iapt import IAPT, POOLS, Rational, RationalFunction, last_pool, mean_pool
 from model import Config, places
 
@@ -56,6 +59,35 @@ def test_only_x_and_the_coefficients_are_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         r(x)
     assert sum(kept) == 1000 + 12
+
+
+def gradients_of(x, r, g):
+    x = x.detach().requires_grad_()
+    r.zero_grad()
+    r(x).backward(g)
+    return [r(x).detach(), x.grad, r.a.grad, r.b.grad]
+
+
+def test_the_coefficients_gradients_are_summed_without_losing_digits():
+    """Against float64, over a million numbers."""
+    torch.manual_seed(0)
+    x, g, r = torch.randn(1024, 1024), torch.randn(1024, 1024), shake(Rational(), 0.01)
+    exact = gradients_of(x.double(), copy.deepcopy(r).double(), g.double())
+    for got, wanted in zip(gradients_of(x, r, g)[2:], exact[2:]):
+        assert ((got - wanted).abs() / wanted.abs()).max() < 5e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_rational_equals_the_eager_one(monkeypatch, dtype):
+    """Each pass is one kernel, and nothing but x is kept."""
+    torch.manual_seed(0)
+    x, g, r = torch.randn(64, 1000).to(dtype), torch.randn(64, 1000).to(dtype), shake(Rational(), 0.01)
+    eager = gradients_of(x, r, g)
+    monkeypatch.setattr(iapt, "LARGE", 0)
+    compiled = gradients_of(x, r, g)
+    for a, b in zip(compiled, eager):
+        torch.testing.assert_close(a, b, atol=1e-5 if a.dtype == torch.float32 else 1e-2, rtol=1e-5)
 
 
 def test_pooling_weights_are_a_distribution_over_the_instruction():

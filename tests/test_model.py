@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from conftest import shared, small_model, small_tuner
+import torch.nn.functional as F
+from conftest import right_padded, shared, small_model, small_tuner
 
 import weights
 from data import Tokenizer
 from iapt import Tuner
-from model import Config, generate, pick, search
+from model import Config, HeadLoss, generate, pick, search
 
 
 def test_a_row_stops_at_its_own_end_and_the_others_go_on(model):
@@ -33,6 +34,63 @@ def test_sampling_keeps_to_the_top_k_and_to_the_mass_top_p():
     assert set(pick(logits, 1.0, top_p=1e-6, generator=g).tolist()) == {0}
     share = pick(logits, 1.0, generator=g).bincount(minlength=4) / 4000
     torch.testing.assert_close(share, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1024])
+def test_the_loss_of_a_frozen_head_and_its_gradient_are_those_of_cross_entropy(model, monkeypatch, chunk):
+    monkeypatch.setattr(HeadLoss, "CHUNK", chunk)
+    tuner = small_tuner("iapt", model)
+    idx, instr = right_padded([6, 4], 12)
+    targets = torch.where(instr, -1, torch.randint(1, 50, idx.shape))
+
+    def gradients(loss):
+        tuner.zero_grad()
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in tuner.parameters())]
+
+    plain = gradients(F.cross_entropy(model(idx, instr, tuner)[targets >= 0], targets[targets >= 0]) * 3)
+    for a, b in zip(gradients(model(idx, instr, tuner, targets) * 3), plain):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_the_loss_keeps_no_logits():
+    model = small_model("gpt2", vocab_size=5000)
+    x, kept = torch.randn(300, 32, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        HeadLoss.apply(x, model.head.weight, torch.randint(5000, (300,)))
+    assert kept == [300 * 32]
+
+
+@pytest.mark.parametrize("method", ["iapt", "lora", "dynamic"])
+def test_checkpointing_changes_nothing_but_what_is_kept(model, method):
+    tuner = small_tuner(method, model).train()
+    idx, instr = right_padded([6, 4], 12)
+    targets = torch.where(instr, -1, torch.randint(1, 50, idx.shape))
+
+    def run():
+        torch.manual_seed(0)
+        tuner.zero_grad()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = model(idx, instr, tuner, targets)
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in tuner.parameters())], sum(kept)
+
+    plain, much = run()
+    model.checkpointing = True
+    again, little = run()
+    assert little < 0.7 * much
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+
+
+@pytest.mark.parametrize("method", ["iapt", "prompt", "lora"])
+def test_the_compiled_decode_step_is_one_graph_and_equals_the_plain_one(model, method):
+    tuner = small_tuner(method, model)
+    prompts = [[3, 1, 4, 1, 5], [9]]
+    wanted = generate(model, prompts, tuner, max_new=6)
+    torch._dynamo.reset()
+    model.step = torch.compile(model.step, fullgraph=True, backend="aot_eager")
+    assert generate(model, prompts, tuner, max_new=6) == wanted
 
 
 def log_p_of(model, prompt, new, tuner=None):
