@@ -132,17 +132,14 @@ def rational_gradients(x, a, b, g):
     ga = g.to(t.dtype) / d  # what the sums for da are made of ...
     gb = n.div_(d).mul_(ga).mul_(sign).neg_()  # ... and those for db
     dx = dn.mul_(ga).addcmul_(ds, gb)
-    da, db = [ga.sum(-1)], []
+    sums = [ga.sum(-1)]
     for _ in a[1:]:
-        da.append(ga.mul_(t).sum(-1))
+        sums.append(ga.mul_(t).sum(-1))
     for _ in b:
-        db.append(gb.mul_(t).sum(-1))
-    # Summed in two stages: one running sum over millions of numbers would lose digits.
-    return (
-        dx.to(x.dtype),
-        torch.stack([r.sum() for r in da]).to(a.dtype),
-        torch.stack([r.sum() for r in db]).to(b.dtype),
-    )
+        sums.append(gb.mul_(t).sum(-1))
+    # In two stages: one running sum over millions of numbers would lose digits.
+    sums = torch.stack(sums).flatten(1).sum(-1)
+    return dx.to(x.dtype), sums[: len(a)].to(a.dtype), sums[len(a) :].to(b.dtype)
 
 
 def polynomial(x, c, slope=False):
