@@ -21,6 +21,7 @@ Each class reads alone.  Letters for shapes are those of model.py.
 """
 
 import inspect
+import io
 from typing import Literal, get_args
 
 import torch
@@ -375,8 +376,10 @@ def build(name, config, given=()):
 
 def save_tuner(path, tuner, meta, **more):
     """Write a checkpoint: the trained tensors, nothing frozen, and `meta`, which says what they are."""
-    with replacing(path, "wb") as f:
-        torch.save({"tuner": tuner.state_dict(), "meta": meta, **more}, f)
+    content = io.BytesIO()
+    torch.save({"tuner": tuner.state_dict(), "meta": meta, **more}, content)
+    with replacing(path, "wb") as f:  # in one go: torch.save itself would hide why a disk refuses
+        f.write(content.getbuffer())
 
 
 def fill(tuner, content, path):

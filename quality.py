@@ -345,13 +345,15 @@ def spread(values):
 
 
 def markdown(rows):
-    """The table, lowest loss first: mean ± standard deviation."""
+    """The table of rows, of which the first is the frozen model: lowest loss first, mean ± standard deviation."""
     tests = rows[0]["scores"]
     columns = [(test, key) for test in tests for key in tests[test]]
     short = {test: test.removeprefix("test_") for test in tests}
     names = [f"{key} {short[test]}" if len(tests) > 1 else key for test, key in columns]
-    yield " | ".join(["| method", "options", "trainable", "lr", *names, "tokens/s", "peak MB |"])
-    yield "|" + "---|" * (len(columns) + 6)
+    lora = next((row["scores"] for row in rows if row["method"] == "lora"), None)
+    gained = ["of LoRA's gain"] if lora else []
+    yield " | ".join(["| method", "options", "trainable", "lr", *names, *gained, "tokens/s", "peak MB |"])
+    yield "|" + "---|" * (len(columns) + len(gained) + 6)
 
     def cell(mean, sd, digits):
         return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else "")
@@ -361,6 +363,9 @@ def markdown(rows):
         scores = [cell(*row["scores"][test][key], 3 if key == "nats" else 1) for test, key in columns]
         cost = [f"{row['tokens_per_s']:,.0f}", f"{row['peak_mb']:,.0f}"] if row["lr"] else ["", ""]
         rate = f"{row['lr']:.2g}" if row["lr"] else ""
+        if lora:  # the share of what LoRA takes off the frozen model's loss
+            ours, best, nothing = (r[first[0]][first[1]][0] for r in (row["scores"], lora, rows[0]["scores"]))
+            scores.append(f"{(nothing - ours) / (nothing - best):.1%}")
         yield "| " + " | ".join([row["method"], row["options"], f"{row['trainable']:,}", rate, *scores, *cost]) + " |"
 
 

@@ -18,8 +18,14 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from types import SimpleNamespace
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +37,10 @@ from baselines import METHODS, build, fill, load_tuner, options, save_tuner
 from data import Batches, Tokenizer, collate, encode, load, prepare, replacing, run, template
 from model import Config, Decoder, generate
 
+HELD = {}  # lock files, open, by path
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = os.path.join(HERE, "data", "tiny")
-FILES = ("last.pt", "best.pt", "log.jsonl")  # of a run
+FILES = ("last.pt", "best.pt", "log.jsonl", "previous.pt")  # of a run; the last is what last.pt was before
 DEFINE = (
     "method", "init", "data", "seed", "steps", "lr", "batch_size", "weight_decay", "eval_every", "train_rows",
     "val_rows", "skip_bad", "truncate", "bilevel",
@@ -54,10 +61,14 @@ def parse(argv=None):
     add("--lr", type=float, help="peak learning rate (default: the method's own)")
     add("--weight-decay", type=float, default=0.0, help=or_)
     add("--batch-size", type=int, default=32, help=f"rows a step {or_}")
+    add("--grad-accum", type=int, default=1, help=f"compute a step's rows in so many parts: less memory {or_}")
     add("--block-size", type=int, help="longest row in tokens (default: what the model takes)")
     add("--skip-bad", action="store_true", help="leave out rows that cannot be used, and count them")
     add("--truncate", action="store_true", help="cut rows that are too long (default: refuse them)")
     add("--eval-every", type=int, default=100, help=f"steps between validations, each of which saves {or_}")
+    add(
+        "--save-every", type=int, default=0, help="save for --resume also after so many steps; 0: with validations only"
+    )
     add("--train-rows", type=int, default=0, help=f"train on so many rows, drawn by --seed; 0: all {or_}")
     add("--val-rows", type=int, default=320, help=f"validate on at most so many rows; 0: all {or_}")
     add("--test-rows", type=int, default=0, help=f"test on at most so many rows of each test set; 0: all {or_}")
@@ -71,7 +82,16 @@ def parse(argv=None):
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--force", action="store_true", help="start again over the run in --out")
     args = parser.parse_args(argv)
-    least = {"steps": 1, "batch_size": 1, "block_size": 2, "eval_every": 1, "train_rows": 0, "val_rows": 0}
+    least = {
+        "steps": 1,
+        "batch_size": 1,
+        "grad_accum": 1,
+        "save_every": 0,
+        "block_size": 2,
+        "eval_every": 1,
+        "train_rows": 0,
+        "val_rows": 0,
+    }
     for name, value in {**least, "test_rows": 0, "seed": 0, "weight_decay": 0}.items():
         given = getattr(args, name)
         if given is not None and given < value:
@@ -172,7 +192,7 @@ def train(model, tuner, train_examples, val_examples, args, meta):
     With --resume it goes on as if it had never stopped: a step depends on the seed, its number and what the steps
     before it left.
     """
-    last, best, log = (os.path.join(args.out, name) for name in FILES)
+    last, best, log, previous = (os.path.join(args.out, name) for name in FILES)
     optimizer = torch.optim.AdamW(tuner.groups(args.lr), weight_decay=args.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
     upper = {id(p) for p in tuner.upper()} if args.bilevel else set()
@@ -184,27 +204,27 @@ def train(model, tuner, train_examples, val_examples, args, meta):
     ]
     state = {"step": 0, "lowest": math.inf, "losses": []}  # losses since the last validation
     if args.resume:
-        saved = resumable(last, meta)
+        saved = resumable(last, previous, meta)
         fill(tuner, saved, last)
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
     keep_lines(log, state["step"])
 
     def save():
+        if os.path.exists(last):
+            replace_by_link(last, previous)
         save_tuner(last, tuner, meta, optimizer=optimizer.state_dict(), state=state)
 
     def check(loss, step):
         if not math.isfinite(loss):
             kept = f"{best} is intact" if os.path.exists(best) else "nothing had been saved yet"
-            raise ValueError(f"loss is {loss} at step {step}; {kept}. Try --lr {args.lr / 4:.1g}")
+            raise ValueError(f"loss is {loss} at step {step}, --lr {args.lr:g}; {kept}. Try --lr {args.lr / 4:.1g}")
         return loss
 
     model.checkpointing = args.checkpoint
     if args.compile:  # on a first batch, so that its time is not counted as training
         clock, model.hidden = time.perf_counter(), torch.compile(model.hidden)
-        idx, targets, instr = levels[0].batch(state["step"])
-        tuner.train()
-        model(idx, instr, tuner, targets).backward()
+        gradients(model, tuner.train(), levels[0].batch(state["step"]), args.grad_accum)
         print(f"compiled in {time.perf_counter() - clock:.0f} s")
 
     tokens, clock = 0, time.perf_counter()
@@ -219,17 +239,15 @@ def train(model, tuner, train_examples, val_examples, args, meta):
             tuner.train()
             tuner.progress(step / args.steps)
             for level, batches in enumerate(levels):
-                idx, targets, instr = batches.batch(step)
-                loss = model(idx, instr, tuner, targets)
-                state["losses"] += [check(loss.item(), step)] if level == 0 else []
                 optimizer.zero_grad()
-                loss.backward()
+                loss, read = gradients(model, tuner, batches.batch(step), args.grad_accum)
+                state["losses"] += [check(loss, step)] if level == 0 else []
                 if upper:  # AdamW leaves alone what has no gradient
                     for p in tuner.parameters():
                         p.grad = p.grad if (id(p) in upper) == (level == 1) else None
                 torch.nn.utils.clip_grad_norm_(tuner.parameters(), 1.0)
                 optimizer.step()
-                tokens += (instr | (targets >= 0)).sum().item()  # without the padding
+                tokens += read
             state["step"] = done = step + 1
             bar.update()
             if done % args.eval_every == 0 or done == args.steps:
@@ -245,7 +263,30 @@ def train(model, tuner, train_examples, val_examples, args, meta):
                 state["losses"] = []
                 save()
                 tokens, clock = 0, time.perf_counter()
+            elif args.save_every and done % args.save_every == 0:
+                save()
     return load_tuner(best)
+
+
+def gradients(model, tuner, batch, parts=1):
+    """Add the gradient of a batch's mean loss, computed in parts; (the loss, tokens without the padding)."""
+    idx, targets, instr = batch
+    total, loss = (targets >= 0).sum(), 0.0
+    for i, t, s in zip(*(x.chunk(parts) for x in (idx, targets, instr))):
+        part = model(i, s, tuner, t) * ((t >= 0).sum() / total)  # a mean over the part's targets, of all targets
+        part.backward()
+        loss += part.item()
+    return loss, (instr | (targets >= 0)).sum().item()
+
+
+def replace_by_link(path, other):
+    """Make `other` a second name of what `path` is now, whatever it was; a copy where there are no such links."""
+    tmp = f"{other}.{os.getpid()}.tmp"
+    try:
+        os.link(path, tmp)
+    except OSError:
+        shutil.copy(path, tmp)
+    os.replace(tmp, other)
 
 
 class Stop:
@@ -265,9 +306,15 @@ class Stop:
             signal.signal(number, handler)
 
 
-def resumable(path, meta):
-    """The content of last.pt.  Raises ValueError if that run was another one than this."""
-    saved = load_tuner(path)
+def resumable(path, previous, meta):
+    """The content of last.pt, or of previous.pt if that is damaged.  Raises ValueError if it is of another run."""
+    try:
+        saved = load_tuner(path)
+    except (ValueError, FileNotFoundError) as e:
+        if not os.path.exists(previous):
+            raise
+        saved, path = load_tuner(previous), previous
+        print(f"{e}; going on from {previous}, step {saved.get('state', {}).get('step')}", file=sys.stderr)
     if "optimizer" not in saved or "state" not in saved:
         raise ValueError(f"--resume: {path} is a checkpoint, but not of a run that can go on")
     for key, value in meta.items():
@@ -328,7 +375,7 @@ def begin(args):
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise FileExistsError(f"--out {args.out} is a file, and not a folder")
     files = [os.path.join(args.out, name) for name in FILES]
-    if args.resume and not os.path.exists(files[0]):
+    if args.resume and not (os.path.exists(files[0]) or os.path.exists(files[3])):
         raise FileNotFoundError(f"--resume: there is no run at {args.out}")
     if any(map(os.path.exists, files)) and not (args.resume or args.force):
         raise FileExistsError(
@@ -362,8 +409,16 @@ def begin(args):
 
 
 def clear(args):
-    """Make the run's folder; with --force, remove the run that is in it."""
+    """Make the run's folder our own, as long as this process lives; with --force, remove the run that is in it."""
     os.makedirs(args.out, exist_ok=True)
+    path = os.path.abspath(os.path.join(args.out, "lock"))
+    if fcntl and path not in HELD:
+        handle = open(path, "w")  # noqa: SIM115  (open until the process ends)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FileExistsError(f"another run writes to {args.out} just now: --out names another folder") from None
+        HELD[path] = handle
     for name in FILES:
         if args.force and os.path.exists(path := os.path.join(args.out, name)):
             os.remove(path)
