@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import hub
+import parallel
 import weights
 from baselines import METHODS, build, fill, load_tuner, options, save_tuner
 from data import Batches, Tokenizer, collate, encode, load, prepare, replacing, run, template
@@ -78,6 +79,7 @@ def parse(argv=None):
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help=f"of the frozen weights {or_}")
     add("--seed", type=int, default=0, help=or_)
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
+    add("--shard", action="store_true", help="under torchrun: spread the frozen weights over the processes")
     add("--checkpoint", action="store_true", help="compute activations again for the backward pass: less memory")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--force", action="store_true", help="start again over the run in --out")
@@ -100,6 +102,12 @@ def parse(argv=None):
         parser.error(f"--lr must be above 0, got {args.lr}")
     if args.resume and args.force:
         parser.error("--resume goes on with the run in --out, --force starts it again: give one of them")
+    if args.batch_size % parallel.SIZE:
+        parser.error(
+            f"--batch-size {args.batch_size} cannot be shared by {parallel.SIZE} processes: make it a multiple"
+        )
+    if args.shard and (parallel.SIZE == 1 or args.method == "full"):
+        parser.error("--shard is for torchrun with several processes, and for methods that leave the model frozen")
     args.out = args.out or os.path.join("out", args.method)
     return args
 
@@ -208,9 +216,13 @@ def train(model, tuner, train_examples, val_examples, args, meta):
         fill(tuner, saved, last)
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
-    keep_lines(log, state["step"])
+    parallel.wait()  # for all to have read what one goes on to write
+    if parallel.RANK == 0:
+        keep_lines(log, state["step"])
 
     def save():
+        if parallel.RANK:
+            return
         if os.path.exists(last):
             replace_by_link(last, previous)
         save_tuner(last, tuner, meta, optimizer=optimizer.state_dict(), state=state)
@@ -228,9 +240,10 @@ def train(model, tuner, train_examples, val_examples, args, meta):
         print(f"compiled in {time.perf_counter() - clock:.0f} s")
 
     tokens, clock = 0, time.perf_counter()
-    with Stop() as stop, tqdm(initial=state["step"], total=args.steps, dynamic_ncols=True, unit="step") as bar:
+    asked, how = False, {"dynamic_ncols": True, "unit": "step", "disable": parallel.RANK > 0 or None}
+    with Stop() as stop, tqdm(initial=state["step"], total=args.steps, **how) as bar:
         for step in range(state["step"], args.steps):
-            if stop.asked:
+            if asked:
                 save()
                 raise SystemExit(f"stopped before step {step}, and saved. Go on with the same command and --resume")
             torch.manual_seed(args.seed * 1_000_003 + step)  # for methods that draw: their noise is the step's own
@@ -241,10 +254,11 @@ def train(model, tuner, train_examples, val_examples, args, meta):
             for level, batches in enumerate(levels):
                 optimizer.zero_grad()
                 loss, read = gradients(model, tuner, batches.batch(step), args.grad_accum)
-                state["losses"] += [check(loss, step)] if level == 0 else []
                 if upper:  # AdamW leaves alone what has no gradient
                     for p in tuner.parameters():
                         p.grad = p.grad if (id(p) in upper) == (level == 1) else None
+                loss, read, asked = parallel.summed(tuner.parameters(), loss, read, stop.asked)
+                state["losses"] += [check(loss, step)] if level == 0 else []
                 torch.nn.utils.clip_grad_norm_(tuner.parameters(), 1.0)
                 optimizer.step()
                 tokens += read
@@ -255,23 +269,29 @@ def train(model, tuner, train_examples, val_examples, args, meta):
                 row["tokens_per_s"] = round(tokens / (time.perf_counter() - clock))
                 row["exact"], row["val"] = evaluate(model, val_examples, tuner)
                 bar.set_postfix_str("loss {loss:.3f}, val {val:.3f}, {tokens_per_s:,} tokens/s".format(**row))
-                if check(row["val"], step) < state["lowest"]:
-                    state["lowest"] = row["val"]
-                    save_tuner(best, tuner, meta, step=done, val=row["val"])
-                with open(log, "a", encoding="utf-8") as f:
-                    f.write(json.dumps(row) + "\n")
+                lower = check(row["val"], step) < state["lowest"]
+                state["lowest"] = min(row["val"], state["lowest"])
+                if parallel.RANK == 0:
+                    if lower:
+                        save_tuner(best, tuner, meta, step=done, val=row["val"])
+                    with open(log, "a", encoding="utf-8") as f:
+                        f.write(json.dumps(row) + "\n")
                 state["losses"] = []
                 save()
                 tokens, clock = 0, time.perf_counter()
             elif args.save_every and done % args.save_every == 0:
                 save()
+    parallel.wait()
     return load_tuner(best)
 
 
 def gradients(model, tuner, batch, parts=1):
-    """Add the gradient of a batch's mean loss, computed in parts; (the loss, tokens without the padding)."""
-    idx, targets, instr = batch
-    total, loss = (targets >= 0).sum(), 0.0
+    """Add this process's share of the gradient of a batch's mean loss, computed in parts.
+
+    Returns its share of the loss, and how many tokens it has read, without the padding.
+    """
+    total, loss = (batch[1] >= 0).sum(), 0.0
+    idx, targets, instr = parallel.mine(batch)
     for i, t, s in zip(*(x.chunk(parts) for x in (idx, targets, instr))):
         part = model(i, s, tuner, t) * ((t >= 0).sum() / total)  # a mean over the part's targets, of all targets
         part.backward()
@@ -369,6 +389,7 @@ def begin(args):
     left to the method.
     """
     device, dtype, why = pick_device(args.device, args.dtype)
+    device = parallel.join(device)
     scratch = args.init == "scratch"
     if scratch and args.method != "full":
         raise ValueError(f"--init scratch has nothing frozen yet for {args.method} to tune: add --method full")
@@ -385,8 +406,10 @@ def begin(args):
     where = TINY if args.data == "tiny" else args.data
     if where == TINY and not os.path.exists(os.path.join(TINY, "train.jsonl")):
         print("making the data set tiny, once (python data/prepare.py tiny)")
-        prepare.tiny(TINY)
-    model, tokenizer = open_model(args.init, args.o, device, dtype)
+        if parallel.RANK == 0:
+            prepare.tiny(TINY)
+        parallel.wait()
+    model, tokenizer = open_model(args.init, args.o, "cpu" if args.shard else device, dtype)
     block_size = min(args.block_size or model.config.block_size, model.config.block_size)
     rows = load(where, args.skip_bad)
     most = {"val": args.val_rows, "train": 0}
@@ -402,6 +425,9 @@ def begin(args):
     args.lr = tuner.lr if args.lr is None else args.lr
     meta = {name: getattr(args, name) for name in DEFINE}
     meta.update(options=args.o, base=weights.fingerprint(model), block_size=block_size, dtype=str(dtype))
+    if args.shard:  # layer by layer, so that the whole of it never has to fit
+        parallel.shard(model, device)
+        model.to(device)
     tests = [name for name in rows if name.startswith("test")]
     return SimpleNamespace(
         model=model, tokenizer=tokenizer, tuner=tuner, rows=rows, examples=examples, tests=tests, meta=meta, why=why
@@ -410,6 +436,8 @@ def begin(args):
 
 def clear(args):
     """Make the run's folder our own, as long as this process lives; with --force, remove the run that is in it."""
+    if parallel.RANK:
+        return
     os.makedirs(args.out, exist_ok=True)
     path = os.path.abspath(os.path.join(args.out, "lock"))
     if fcntl and path not in HELD:
@@ -426,6 +454,8 @@ def clear(args):
 
 def main(argv=None):
     args = parse(argv)
+    if parallel.RANK:  # the first process speaks for all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     session = begin(args)
     model, tokenizer, tuner, rows, examples, tests = (
         session.model, session.tokenizer, session.tuner, session.rows, session.examples, session.tests
@@ -456,15 +486,15 @@ def main(argv=None):
     print("\n" + "\n".join(table(before, after, args.method, {name: len(rows[name]) for name in tests})))
     print("\n" + "\n".join(examples_before_and_after(shown, *texts, args.method)))
     print(f"saved {path}: what was trained, nothing frozen (step {best['step']}, {size:,.0f} kB)")
-    if (
-        args.init == "scratch"
-    ):  # in fp16: half the bytes, and rounding that is small beside what training leaves to chance
-        weights.save(args.out, model, torch.float16)
-        shutil.copy(os.path.join(TINY, "words.json"), args.out)
+    if args.init == "scratch":
+        if parallel.RANK == 0:  # in fp16: half the bytes, and rounding small beside what training leaves to chance
+            weights.save(args.out, model, torch.float16)
+            shutil.copy(os.path.join(TINY, "words.json"), args.out)
         print(f"saved the model, too, as a Hugging Face folder: python train.py --init {args.out}")
     elif "instruction" in shown[0]:
         given = f" --input {json.dumps(shown[0]['input'])}" if shown[0].get("input") else ""
         print(f"try it: python sample.py {path} {json.dumps(shown[0]['instruction'])}{given}")
+    parallel.leave()
     return {"before": before, "after": after, "path": path}
 
 
