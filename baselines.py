@@ -22,6 +22,7 @@ Each class reads alone.  Letters for shapes are those of model.py.
 
 import inspect
 import io
+import zipfile
 from typing import Literal, get_args
 
 import torch
@@ -393,10 +394,16 @@ def fill(tuner, content, path):
 def load_tuner(path):
     """A checkpoint's content.  Never unpickles code; raises ValueError for what is not a checkpoint."""
     try:
+        with zipfile.ZipFile(path) as z:  # torch.load does not look at the checksums that torch.save wrote
+            if z.testzip():
+                raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
-        content["tuner"], [content["meta"][key] for key in ("method", "options", "init", "base")]
+        meta, tensors = content["meta"], content["tuner"]
+        texts = [meta["method"], meta["init"], meta["base"], *meta["options"], *tensors]
+        if not all(isinstance(text, str) for text in texts) or not all(map(torch.is_tensor, tensors.values())):
+            raise TypeError
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint at {path}. Run: python train.py") from None
-    except Exception as e:  # torch.load raises half a dozen kinds
+    except Exception as e:  # torch.load raises half a dozen kinds, and so does looking into what is something else
         raise ValueError(f"{path} is not a checkpoint of train.py, or was cut off ({type(e).__name__})") from None
     return content

@@ -316,8 +316,12 @@ def as_row(raw):
     if isinstance(row, dict) and "mr" in row:
         row = {"instruction": "Describe the restaurant.", "input": row["mr"], "output": row.get("ref")}
     if not isinstance(row, dict) or "output" not in row or not ("instruction" in row or "prompt" in row):
-        has = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)[:40]
-        raise ValueError(f"it has {has or 'nothing'}; it needs instruction and output")
+        keys = (
+            [str(key) if str(key).isprintable() else ascii(key) for key in row]
+            if isinstance(row, dict)
+            else [repr(row)]
+        )
+        raise ValueError(f"it has {', '.join(keys)[:80] or 'nothing'}; it needs instruction and output")
     if None in row:
         raise ValueError(f"it has more columns than the first line: {row[None]}"[:100])
     for key in ("prompt" if "prompt" in row else "instruction", "output", "input"):

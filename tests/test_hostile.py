@@ -5,6 +5,8 @@ Seeded: IAPT_FUZZ=20 runs twenty times as many.
 
 import base64
 import copy
+import csv
+import io
 import json
 import math
 import os
@@ -17,8 +19,9 @@ import torch
 from parity import FOLDER
 
 import weights
-from data import END, Tokenizer, gpt2_chars
-from model import Decoder
+from baselines import build, fill, load_tuner, save_tuner
+from data import END, Tokenizer, collate, encode, gpt2_chars, read_rows
+from model import Config, Decoder
 
 TIMES = int(os.environ.get("IAPT_FUZZ", "1"))
 ODD = [None, True, -1, 0, 1, 2**31, 2**63, 10**400, 0.5, -1e9, float("nan"), "", "x", "F32", "F8_E4M3", [], {}, [[[]]]]
@@ -189,11 +192,95 @@ def test_mutated_tiktoken_files(tmp_path):
             assert tokenizer.decode(tokenizer.encode("the ñ")) == "the ñ"
 
 
+def usable(rows):
+    """Rows become tokens, and tokens batches."""
+    tokenizer = Tokenizer.of_words([" a", " the"])
+    idx, targets, _ = collate(encode(rows, tokenizer, 64, truncate=True), 64)
+    assert idx.shape == targets.shape and (targets >= 0).any(1).all()
+
+
+def spoiled(rng, data):
+    """Bytes with a few of them changed, and perhaps the end cut off."""
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        data[rng.randrange(len(data))] = rng.choice(b'0123456789{}[]",:\\\n\r\x00\xff\xc3 aZ')
+    return bytes(data[: rng.choice([len(data), len(data), rng.randrange(len(data))])])
+
+
+def test_mutated_data_rows(tmp_path, capsys):
+    rng, loaded = random.Random(0), 0
+    good = [{"instruction": "say ñ", "input": "日本", "output": "the a"}, {"mr": "name[x]", "ref": "y"}]
+    for i in range(2000 * TIMES):
+        row = mutated(rng, copy.deepcopy(rng.choice(good)))
+        lines = [
+            json.dumps(row, ensure_ascii=rng.random() < 0.5).encode("utf-8", "replace"),
+            json.dumps(good[0]).encode(),
+        ]
+        if i % 2:
+            lines[0] = spoiled(rng, lines[0])
+        path = str(tmp_path / "a.jsonl")
+        with open(path, "wb") as f:
+            f.write(rng.choice([b"\n", b"\r\n"]).join(lines))
+        rows = refused_or(lambda path=path: read_rows(path))
+        if rows is not None:
+            loaded += 1
+            usable(rows)
+        usable(read_rows(path, skip_bad=True))  # the good one is always left
+    assert 0.05 < loaded / (2000 * TIMES) < 0.95
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json"])
+def test_mutated_data_files(name, tmp_path):
+    rows = [{"instruction": f'say "{i}", please', "input": "x\ny", "output": "the a"} for i in range(4)]
+    text = io.StringIO()
+    csv.DictWriter(text, rows[0]).writeheader()
+    csv.DictWriter(text, rows[0]).writerows(rows)
+    whole = (text.getvalue() if name == "a.csv" else json.dumps(rows)).encode()
+    rng, loaded = random.Random(name), 0
+    for _ in range(1000 * TIMES):
+        (tmp_path / name).write_bytes(spoiled(rng, whole))
+        read = refused_or(lambda: read_rows(str(tmp_path / name)))
+        if read is not None:
+            loaded += 1
+            usable(read)
+    assert 0 < loaded < 1000 * TIMES
+
+
+def test_mutated_checkpoints(tmp_path):
+    """What loads is the tuner as it was saved, or one of another description that fits: never half of one."""
+    config = Config(vocab_size=20, n_layer=1, n_head=2, n_embd=8)
+    tuner, path = build("iapt", config, ["P=2"]), tmp_path / "best.pt"
+    meta = {"method": "iapt", "options": ["P=2"], "init": "tiny", "base": "abc"}
+    save_tuner(path, tuner, meta)
+    whole, rng, loaded = path.read_bytes(), random.Random(0), 0
+
+    def load():
+        content = load_tuner(path)
+        other = build(content["meta"]["method"], config, content["meta"]["options"])
+        fill(other, content, path)
+        return other
+
+    for i in range(1000 * TIMES):
+        if i % 2:
+            path.write_bytes(spoiled(rng, whole))
+        else:
+            content = mutated(rng, {"tuner": tuner.state_dict(), "meta": copy.deepcopy(meta)})
+            torch.save(content, path)
+        other = refused_or(load)
+        if other is not None:
+            loaded += 1
+            assert all(torch.equal(a, b) for a, b in zip(other.parameters(), tuner.parameters()))
+    assert 0 < loaded < 1000 * TIMES
+
+
 def test_a_pickle_that_runs_code_does_not_run(tmp_path):
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "went off"),)
 
+    torch.save({"tuner": Bomb(), "meta": Bomb()}, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match="is not a checkpoint of train.py"):
+        load_tuner(tmp_path / "best.pt")
     shutil.copytree(os.path.join(FOLDER, "gpt2-bin"), tmp_path / "m")
     path = tmp_path / "m" / "pytorch_model.bin"
     for old in (False, True):
