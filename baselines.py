@@ -41,7 +41,7 @@ class PTuning2(Tuner):
     this is IAPT without its generator.
     """
 
-    lr = 5e-2  # what IAPT's static part learns with
+    lr = 5e-2
 
     def __init__(self, config, P: int = 16):
         super().__init__()
@@ -195,15 +195,29 @@ def layouts(P, T, n, instr):
 
 
 class Hooked(Tuner):
-    """A tuner that acts through hooks on the frozen model's modules."""
+    """A tuner that acts through hooks on the frozen model's modules.
+
+    Among other tenants (`Tenants`): only (B,) is True on its rows, None for all; quiet stops it for a while.
+    """
+
+    only, quiet = None, False
 
     def __init__(self):
         super().__init__()
         self.hooks = []
 
     def hook(self, module, f):
-        """From now on `module` gives f(x, y) where it gave y for x."""
-        self.hooks.append(module.register_forward_hook(lambda _, inputs, y: f(inputs[0].float(), y).to(y.dtype)))
+        """From now on `module` gives f(x, y) where it gave y for x; what trains is in fp32, x and y may not be."""
+
+        def g(_, inputs, y):
+            if self.quiet:
+                return y
+            out = f(inputs[0], y).to(y.dtype)
+            if self.only is None:
+                return out
+            return torch.where(self.only.repeat_interleave(len(y) // len(self.only))[:, None, None], out, y)
+
+        self.hooks.append(module.register_forward_hook(g))
 
     def detach(self):
         while self.hooks:
@@ -240,7 +254,7 @@ class LoRA(Hooked):
 
     def attach(self, model):
         for linear, a, b in self.sites(model):
-            self.hook(linear, lambda x, y, a=a, b=b: y + self.scale * F.linear(F.linear(x, a), b))
+            self.hook(linear, lambda x, y, a=a, b=b: y + self.scale * F.linear(F.linear(x.float(), a), b))
 
     @torch.no_grad()
     def merge(self, model):
@@ -280,7 +294,7 @@ class Adapter(Hooked):
         for module, adapter in zip([m for block in model.h for m in (block.attn.o, block.mlp)], self.adapters):
             self.hook(module, lambda x, y, adapter=adapter: y + adapter(y.float()))
         for frozen, ours in self.pairs(model):
-            self.hook(frozen, lambda x, y, ours=ours: ours(x))
+            self.hook(frozen, lambda x, y, ours=ours: ours(x.float()))
 
 
 class Full(Tuner):

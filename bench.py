@@ -16,6 +16,7 @@ import argparse
 import os
 import statistics
 import time
+from importlib.util import find_spec
 
 import torch
 import torch.nn as nn
@@ -179,6 +180,9 @@ SHAPES = {
 }  # fmt: skip
 
 
+HUB = find_spec("transformers") is not None and find_spec("peft") is not None  # rivals, where they are installed
+
+
 def random_model(name, args):
     with torch.device(args.device):
         torch.set_default_dtype(args.dtype)
@@ -188,12 +192,9 @@ def random_model(name, args):
 
 
 def hub_model(name, args):
-    """The same shape in transformers; None where it or peft is not installed."""
-    try:
-        import peft  # noqa: F401
-        import transformers as hub
-    except ImportError:
-        return None
+    """The same shape in transformers."""
+    import transformers as hub
+
     c = Config(**SHAPES[name])
     if c.arch == "gpt2":
         config = hub.GPT2Config(vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
@@ -257,7 +258,8 @@ def steps(name, args):
         own = model if method in ("iapt", "ptuning2") else random_model(name, args)
         tuner = build(method, own.config).to(args.device)
         tuner.attach(own)
-        rival(f"ours: {method}", tuner, lambda tuner, own=own: own(idx, instr, tuner, targets))
+        label = "ours: full, in fp32" if method == "full" else f"ours: {method}"
+        rival(label, tuner, lambda tuner, own=own: own(idx, instr, tuner, targets))
     for label, tuned in hub_tuners(name, args):
         rival(label, tuned, lambda tuned: tuned(input_ids=idx, attention_mask=mask, labels=labels).loss)
     seconds = interleaved(rivals, args.rounds, args.device, name)
@@ -272,7 +274,7 @@ def steps(name, args):
 
 def hub_tuners(name, args):
     """peft's prefix-tuning and LoRA on the same shape, where it is installed."""
-    if hub_model(name, args) is None:
+    if not HUB:
         return
     import peft
 
@@ -291,6 +293,7 @@ def served(model, tuner, idx, new, beams):
     """Read prompts and write `new` tokens: (seconds for the prompts, for the tokens)."""
     sync = (lambda: torch.cuda.synchronize(idx.device)) if idx.is_cuda else (lambda: None)
     length = torch.full((len(idx),), idx.shape[1], device=idx.device)
+    sync()
     begin = time.perf_counter()
     if beams > 1:
         generate(model, idx.tolist(), tuner, new, beams=beams)
@@ -342,8 +345,8 @@ def mixed(name, model, n, beams, args):
     for label, tuner in rivals.items():
         yield {
             "shape": name, "rows": B, "tenants": n, "beams": beams, "method": label,
-            "decode, of the frozen model's": ratio(decode, label, "frozen"),
-            "all, of the frozen model's": ratio(whole, label, "frozen"),
+            "decode, of the frozen model's": ratio(decode, label, "frozen") if beams == 1 else "",
+            "all, of the frozen model's": ratio(whole, label, "frozen"), "all, of iapt's": ratio(whole, label, "iapt"),
             "tokens/s": f"{B * args.new / statistics.median(whole[label]):,.0f}",
             "kB a tenant": f"{sum(p.numel() for p in tuner.parameters()) * 4 / 1000 / n:,.0f}",
         }  # fmt: skip
@@ -352,7 +355,7 @@ def mixed(name, model, n, beams, args):
 def against_peft(name, model, args):
     """peft's LoRA with an adapter for each row of a mixed batch, against its own frozen model and our IAPT."""
     n = args.rows
-    if hub_model(name, args) is None:
+    if not HUB:
         return
     import peft
 
@@ -378,7 +381,8 @@ def against_peft(name, model, args):
     for label in rivals:
         yield {
             "shape": name, "rows": n, "tenants": n, "beams": 1, "method": label, "decode, of the frozen model's": "",
-            "all, of the frozen model's": f"{shown(ratio(seconds, label, 'ours: iapt'))} of ours",
+            "all, of the frozen model's": ratio(seconds, label, "transformers: frozen") if "ours" not in label else "",
+            "all, of iapt's": ratio(seconds, label, "ours: iapt"),
             "tokens/s": f"{n * args.new / statistics.median(seconds[label]):,.0f}", "kB a tenant": "",
         }  # fmt: skip
 

@@ -138,7 +138,7 @@ def rational_gradients(x, a, b, g):
     for _ in b:
         sums.append(gb.mul_(t).sum(-1))
     # In two stages: one running sum over millions of numbers would lose digits.
-    sums = torch.stack(sums).flatten(1).sum(-1)
+    sums = torch.stack(sums).reshape(len(sums), -1).sum(-1)
     return dx.to(x.dtype), sums[: len(a)].to(a.dtype), sums[len(a) :].to(b.dtype)
 
 
@@ -205,7 +205,7 @@ def mean_pool(z, w_sa, instr):
 
 def last_pool(z, w_sa, instr):
     """The instruction's last token, for all soft tokens: weights (B, 1, T)."""
-    last = instr.sum(1, keepdim=True) - 1
+    last = (instr * torch.arange(instr.shape[1], device=instr.device)).argmax(1, keepdim=True)
     return torch.zeros_like(instr, dtype=z.dtype).scatter(1, last, 1.0)[:, None]
 
 
@@ -246,6 +246,8 @@ class IAPT(Tuner):
         space        what it writes: 'kv', keys and values; 'hidden', states that pass the layer's norm, k and v
         static       add a learned constant; the up-projection starts at zero, so training starts at a static prompt
         norm         bring H and Q to unit mean square
+        static_lr    learning rate of the static part, of --lr
+        act_lr       learning rate of the coefficients, of --lr
 
     The paper's form is, as far as we know, space=hidden static=0 norm=0.  There a soft token has the length that the
     frozen norm gives it: its key cannot grow to draw attention, nor its value to matter.  The README measures that.
@@ -258,8 +260,10 @@ class IAPT(Tuner):
     def __init__(
         self, config, P: int = 4, m: int = 0, share: int = 1, activation: Activation = "rational",
         one_act: bool = False, pool: Pool = "attention", space: Space = "kv", static: bool = True, norm: bool = True,
+        static_lr: float = 20.0, act_lr: float = 0.2,
     ):  # fmt: skip
         super().__init__()
+        self.rates = {"static": static_lr, "act": act_lr}
         self.space, self.head_dim, C, L = space, config.head_dim, config.n_embd, config.n_layer
         m, out = m or C // 8, C if space == "hidden" else 2 * config.n_kv_head * config.head_dim
         down = [nn.Linear(C, m, bias=False) for _ in range(0, L, share)]
@@ -284,11 +288,14 @@ class IAPT(Tuner):
     def groups(self, lr):
         # Adam moves every parameter by about lr a step, whatever its size: too far for coefficients that multiply x^6,
         # not far enough for constants that start at 0.1 and have to end around 1.
-        rates, by_rate = {"static": 20 * lr, "act": lr / 5}, {}
+        by_part = {part: [] for part in ("", *self.rates)}
         for name, p in self.named_parameters():
-            rate = next((rates[part] for part in name.split(".") if part in rates), lr)
-            by_rate.setdefault(rate, []).append(p)
-        return [{"params": params, "lr": rate, "weight_decay": 0.0} for rate, params in by_rate.items()]
+            by_part[next((part for part in self.rates if part in name.split(".")), "")].append(p)
+        groups = [{"params": params, "lr": lr * self.rates.get(part, 1)} for part, params in by_part.items() if params]
+        for group in groups:  # decay would pull a GELU towards zero
+            if group["params"] == by_part["act"]:
+                group["weight_decay"] = 0.0
+        return groups
 
     def upper(self):
         return [p for name, p in self.named_parameters() if "act" in name.split(".")]

@@ -15,7 +15,7 @@ import platform
 import statistics
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import torch
 from tqdm import tqdm
@@ -31,8 +31,9 @@ ROWS = {
     "iapt-hidden": ("iapt", "space=hidden", "m", 10**6),
     "ptuning2": ("ptuning2", "", "P", 10**6),
     "static": ("static", "", "P", 10**6),
-    "static4": ("ptuning2", "P=4", None, 0),
+    "ptuning2-4": ("ptuning2", "P=4", None, 0),  # IAPT's static part alone
     "prefix": ("prefix", "P=10", "hidden", 10**6),
+    "prefix-512": ("prefix", "P=10", None, 0),  # the paper's MLP, which goes after training, whatever it costs
     "prompt": ("prompt", "", "P", 40),  # each is one more position in every layer
     "dynamic": ("dynamic", "pool=4", "P", 20),
     "capt": ("capt", "", None, 0),  # one soft token a layer is what it is
@@ -41,7 +42,7 @@ ROWS = {
     "full": ("full", "", None, 0),
     "mine": ("mine", "", "P", 10**6),
 }
-LEFT_OUT = ("static4", "iapt-hidden", "mine")  # unless asked for
+LEFT_OUT = ("ptuning2-4", "iapt-hidden", "mine")  # unless asked for
 METRICS = {"none": [], "exact": ["exact %"], "bleu": ["BLEU", "ROUGE-L"]}
 
 
@@ -73,10 +74,10 @@ def check(args, parser):
     for name in ("budget", "seeds", "beams", "jobs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for own in ("--method", "-o", "--seed", "--out", "--resume", "--force"):
-        if own in args.rest:
-            parser.error(f"{own} is for bench.py to set, run by run")
-    train.parse([*args.rest, "--out", args.out])  # so that a mistake in them is said now
+    given, left = train.parse([*args.rest, "--out", args.out]), train.parse(["--out", args.out])
+    for own in ("method", "o", "seed", "resume", "force"):
+        if getattr(given, own) != getattr(left, own):
+            parser.error(f"-{'-' * (own != 'o')}{own} is for bench.py to set, run by run")
 
 
 # -- Sizes -------------------------------------------------------------------------------------------------------------
@@ -124,17 +125,23 @@ def train_one(argv, folder):
     session.tuner.attach(session.model)
     train.clear(args)
     device = session.model.wte.weight.device
-    best = train.train(session.model, session.tuner, session.examples["train"], session.examples["val"], args,
-                       session.meta)  # fmt: skip
+    try:
+        val = train.train(session.model, session.tuner, session.examples, args, session.meta)["val"]
+    except train.Diverged as e:  # a rate can be too high: what had been saved until then counts, if anything had
+        print(e)
+        best = os.path.join(folder, "best.pt")
+        val = load_tuner(best)["val"] if os.path.exists(best) else 1e9
     with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
         log = [json.loads(line) for line in f]
     write(os.path.join(folder, "trained.json"), {
-        "val": best["val"], "step": best["step"], "lr": args.lr,
+        "argv": argv, "val": val,
         "trainable": sum(p.numel() for p in session.tuner.parameters()),
-        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in log),
+        "tokens_per_s": statistics.median([row["tokens_per_s"] for row in log] or [0]),
         "peak_bytes": peak_memory(device) - before,
     })  # fmt: skip
-    os.remove(path)  # its optimizer state is three times the size of the rest
+    for name in ("last.pt", "previous.pt"):  # the optimizer's state is twice the size of the rest
+        if os.path.exists(path := os.path.join(folder, name)):
+            os.remove(path)
 
 
 def score_one(argv, folder, metric, texts, beams):
@@ -156,13 +163,13 @@ def score_one(argv, folder, metric, texts, beams):
         if metric == "exact":
             scores[name]["exact %"] = 100 * exact
         if metric == "bleu":
-            said, references = answers(session, name, tuner, texts, beams)
+            said, references = answers(session, name, tuner, texts, beams, args.truncate)
             scores[name].update(bleu_and_rouge(said, references))
             write(os.path.join(folder, f"{name}.texts.json"), said)
-    write(os.path.join(folder, "scores.json"), scores)
+    write(os.path.join(folder, "scores.json"), {"how": [argv, metric, texts, beams], "scores": scores})
 
 
-def answers(session, name, tuner, most, beams, size=32):
+def answers(session, name, tuner, most, beams, truncate=False, size=32):
     """An answer to each different prompt of a test set (to `most` of them), and all outputs that the set has for it."""
     groups = {}
     for row in session.rows[name]:
@@ -170,7 +177,8 @@ def answers(session, name, tuner, most, beams, size=32):
     rows, texts = train.spread([group[0] for group in groups.values()], most), []
     rows.sort(key=lambda row: len(template(row)))
     for i in range(0, len(rows), size):
-        texts += train.answer(session.model, session.tokenizer, rows[i : i + size], tuner, beams=beams)
+        some = rows[i : i + size]
+        texts += train.answer(session.model, session.tokenizer, some, tuner, truncate=truncate, beams=beams)
     return texts, [[row["output"] for row in groups[template(row)]] for row in rows]
 
 
@@ -204,6 +212,13 @@ def read(path):
         return json.load(f)
 
 
+def the_same(path, content, how, key):
+    """A run's file.  Raises ValueError if it is of a run with other options, which must not be taken for this one."""
+    if content.get(key) != how:
+        raise ValueError(f"{path} is of a run with other options: --out names another folder, or remove it")
+    return content
+
+
 def alone(f, folder, threads, *args):
     """Call f(*args) in a process of its own; what it says goes to the folder's output.txt."""
     os.makedirs(folder, exist_ok=True)
@@ -230,7 +245,7 @@ class Quality:
     """The runs of one comparison, and what is known of them."""
 
     def __init__(self, args):
-        self.args = args
+        self.args, self.stopped = args, threading.Event()
         self.threads = max(1, torch.get_num_threads() // args.jobs)
         model, _ = train.open_model(train.parse([*args.rest, "--out", args.out]).init)
         self.sizes = {name: sized(model.config, name, args.budget) for name in args.methods}
@@ -247,18 +262,25 @@ class Quality:
         """The content of a run's trained.json, after the run if there is none yet."""
         folder = os.path.join(self.args.out, name, f"lr{lr:.3g}-seed{seed}")
         path = os.path.join(folder, "trained.json")
+        argv = self.argv(name, lr, seed)
         if not os.path.exists(path):
-            alone(train_one, folder, self.threads, self.argv(name, lr, seed), folder)
+            self.go(train_one, folder, argv, folder)
             self.bar.update()
-        return read(path)
+        return the_same(path, read(path), argv, "argv")
 
     def scored(self, name, lr, seed):
-        folder = os.path.join(self.args.out, name, f"lr{lr:.3g}-seed{seed}")
-        path = os.path.join(folder, "scores.json")
+        return self.scores(os.path.join(self.args.out, name, f"lr{lr:.3g}-seed{seed}"), self.argv(name, lr, seed))
+
+    def scores(self, folder, argv):
+        path, how = os.path.join(folder, "scores.json"), [self.args.metric, self.args.texts, self.args.beams]
         if not os.path.exists(path):
-            how = self.args.metric, self.args.texts, self.args.beams
-            alone(score_one, folder, self.threads, self.argv(name, lr, seed), folder, *how)
-        return read(path)
+            self.go(score_one, folder, argv, folder, *how)
+        return the_same(path, read(path), [argv, *how], "how")["scores"]
+
+    def go(self, f, folder, *args):
+        if self.stopped.is_set():
+            raise InterruptedError
+        alone(f, folder, self.threads, *args)
 
     def search(self, name):
         """Validation loss by learning rate: the method's own, twice and half of it, and on from the better end."""
@@ -270,7 +292,7 @@ class Quality:
         for factor in (1, 2, 0.5):
             found[own * factor] = self.trained(name, own * factor, 0)["val"]
         for end, factor in ((max, 2), (min, 0.5)):
-            while end(found) == (best := min(found, key=found.get)):
+            while end(found) == (best := min(found, key=found.get)) and len(found) < 10:
                 self.bar.total += 1
                 found[best * factor] = self.trained(name, best * factor, 0)["val"]
         return found
@@ -292,12 +314,8 @@ class Quality:
         }  # fmt: skip
 
     def frozen(self):
-        folder = os.path.join(self.args.out, "frozen")
-        path = os.path.join(folder, "scores.json")
-        if not os.path.exists(path):
-            how = self.args.metric, self.args.texts, self.args.beams
-            alone(score_one, folder, self.threads, self.args.rest, folder, *how)
-        scores = {test: {key: spread([x]) for key, x in s.items()} for test, s in read(path).items()}
+        scores = self.scores(os.path.join(self.args.out, "frozen"), self.args.rest)
+        scores = {test: {key: spread([x]) for key, x in s.items()} for test, s in scores.items()}
         return {"method": "frozen", "options": "", "trainable": 0, "lr": None, "scores": scores}
 
     def all(self):
@@ -314,10 +332,10 @@ class Quality:
         with tqdm(total=runs * len(self.args.methods), unit="run", dynamic_ncols=True) as self.bar:
             with ThreadPoolExecutor(self.args.jobs) as pool:
                 try:
-                    for done in [pool.submit(one, name) for name in self.args.methods]:
+                    for done in as_completed([pool.submit(one, name) for name in self.args.methods]):
                         done.result()
-                except BaseException:  # Ctrl-C has reached the runs, too: they save; the others shall not begin
-                    pool.shutdown(cancel_futures=True)
+                except BaseException:  # Ctrl-C has reached the runs, too: they save, and no other begins
+                    self.stopped.set()
                     raise
         return [rows[name] for name in ("frozen", *self.args.methods)]
 

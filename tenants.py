@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from baselines import Full, Hooked, LoRA
+from baselines import Hooked, LoRA
 from iapt import Tuner
 
 
@@ -25,14 +25,15 @@ class Tenants(Tuner):
         tuners   one per tenant, not attached
         who      (B,) the tenant of each row, or -1
 
-    In a beam search a row stands for its hypotheses, which are neighbours.  Raises ValueError for full fine-tuning,
-    which leaves no model to share, and for rows of tenants that are not there.
+    In a beam search a row stands for its hypotheses, which are neighbours.  Raises ValueError for a tuner that changes
+    the model by other means than hooks, such as full fine-tuning, and for rows of tenants that are not there.
     """
 
     def __init__(self, tuners, who):
         super().__init__()
-        if any(isinstance(tuner, Full) for tuner in tuners):
-            raise ValueError("full fine-tuning changes the model itself: its tenants cannot share one")
+        for tuner in tuners:
+            if type(tuner).attach is not Tuner.attach and not isinstance(tuner, Hooked):
+                raise ValueError(f"{type(tuner).__name__} changes the model itself: its tenants cannot share one")
         self.register_buffer("who", torch.as_tensor(who), persistent=False)
         if not all(-1 <= t < len(tuners) for t in self.who.tolist()):
             raise ValueError(f"rows of tenants {sorted(set(self.who.tolist()))}, but there are {len(tuners)}")
@@ -42,21 +43,28 @@ class Tenants(Tuner):
 
     def attach(self, model):
         """LoRA tenants that are alike in all but their weights act together, other hooks row by row."""
-        loras = {}
-        for t, tuner in enumerate(self.tuners):
-            if isinstance(tuner, LoRA):
-                loras.setdefault(tuple(tuner.on), []).append(t)
-            elif isinstance(tuner, Hooked):
-                self.hooked.append(OnRows(tuner, self.who == t))
-        for members in loras.values():
-            self.hooked.append(BatchedLoRA([self.tuners[t] for t in members], [members.index(w) if w in members else -1
-                                                                              for w in self.who.tolist()]))  # fmt: skip
+        hooked = [t for t, tuner in enumerate(self.tuners) if isinstance(tuner, Hooked)]
+        if len(self.rows) == 1:  # one tenant: nothing to mix
+            self.hooked = [self.tuners[t] for t in hooked if t in self.rows]
+        else:
+            loras = {}
+            for t in hooked:
+                if isinstance(self.tuners[t], LoRA):
+                    loras.setdefault(tuple(self.tuners[t].on), []).append(t)
+                else:
+                    self.tuners[t].only = self.who == t
+                    self.hooked.append(self.tuners[t])
+            for members in loras.values():
+                who = [members.index(w) if w in members else -1 for w in self.who.tolist()]
+                self.hooked.append(BatchedLoRA([self.tuners[t] for t in members], who))
         for tuner in self.hooked:
             tuner.attach(model)
 
     def detach(self):
         while self.hooked:
-            self.hooked.pop().detach()
+            tuner = self.hooked.pop()
+            tuner.detach()
+            tuner.only = None
 
     def each(self, x, instr):
         """(rows, tuner or None for the frozen model, x and instr of these rows), tenant by tenant."""
@@ -65,19 +73,24 @@ class Tenants(Tuner):
 
     def embed(self, x, instr):
         B, T, C = x.shape
+        if B != len(self.who):
+            raise ValueError(f"{B} rows, but tenants of {len(self.who)}")
         given = [
             (rows, *(tuner.embed(x_, instr_) if tuner is not None else (x_, None, None)))
             for rows, tuner, x_, instr_ in self.each(x, instr)
         ]
         width = max(x_.shape[1] for _, x_, _, _ in given)
         if width == T:
+            x = x.clone()
+            for rows, x_, _, _ in given:
+                x[rows] = x_.to(x.dtype)
             return x, None, None
         out = x.new_zeros(B, width, C)
         at = torch.arange(T, device=x.device).repeat(B, 1)
         keep = torch.zeros(B, width, dtype=torch.bool, device=x.device)
         for rows, x_, at_, keep_ in given:  # to the right of what it has less than others
             less = width - x_.shape[1]
-            out[rows, less:] = x_
+            out[rows, less:] = x_.to(x.dtype)
             at[rows] = less + (at[rows] if at_ is None else at_)
             keep[rows, less:] = True if keep_ is None else keep_
         return out, at, keep
@@ -105,37 +118,11 @@ class Tenants(Tuner):
         return k, v, keep
 
 
-class OnRows(Hooked):
-    """A tuner with hooks, on some rows alone: mine (B,), True on them."""
-
-    quiet = False
-
-    def __init__(self, tuner, mine):
-        super().__init__()
-        self.tuner, self.mine = tuner, mine
-
-    def attach(self, model):
-        def on_rows(module, f):
-            def g(x, y):
-                if self.quiet:
-                    return y
-                mine = self.mine.repeat_interleave(len(x) // len(self.mine))[:, None, None]
-                return torch.where(mine, f(x, y).to(y.dtype), y)
-
-            self.hook(module, g)
-
-        self.tuner.hook, own = on_rows, self.tuner.hook
-        self.tuner.attach(model)
-        self.tuner.hook = own
-
-
 class BatchedLoRA(Hooked):
     """LoRA tenants on the same linear layers: each row's own two matrices, in two batched products.
 
     Ranks may differ (the smaller ones get zeros); row -1 has no update.  Training is not meant: the weights are copies.
     """
-
-    quiet = False
 
     def __init__(self, loras, who):
         super().__init__()
@@ -150,15 +137,14 @@ class BatchedLoRA(Hooked):
 
     def attach(self, model):
         for (linear, _, _), a, b in zip(self.like.sites(model), self.A, self.B):
+            a, b = a.to(linear.weight.dtype), b.to(linear.weight.dtype)  # as LoRA is served: no casts at each step
             self.hook(linear, lambda x, y, a=a, b=b: self.update(x, y, a, b))
 
     def update(self, x, y, a, b):
-        if self.quiet:
-            return y
         beams = len(x) // len(a)
         if beams > 1:
             a, b = a.repeat_interleave(beams, 0), b.repeat_interleave(beams, 0)
-        return torch.baddbmm(y.float(), torch.bmm(x, a), b)
+        return torch.baddbmm(y, torch.bmm(x, a), b)
 
 
 def rows(matrices, who):

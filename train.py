@@ -35,7 +35,7 @@ import hub
 import parallel
 import weights
 from baselines import METHODS, build, fill, load_tuner, options, save_tuner
-from data import Batches, Tokenizer, collate, encode, load, prepare, replacing, run, template
+from data import Batches, Tokenizer, collate, encode, load, prepare, replacing, run, shorten, split, template
 from model import Config, Decoder, generate
 
 HELD = {}  # lock files, open, by path
@@ -49,7 +49,8 @@ DEFINE = (
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, **how)
     add, or_ = parser.add_argument, "(default: %(default)s)"
     add("--init", default="tiny", help=f"the frozen model: tiny, scratch, a folder, gpt2, OWNER/NAME of the hub {or_}")
     add("--data", default="tiny", help=f"tiny, a folder with train.jsonl, or a .jsonl, .json or .csv file {or_}")
@@ -165,24 +166,27 @@ def evaluate(model, examples, tuner=None, size=64):
     for i in range(0, len(order), size):
         idx, targets, instr = collate(order[i : i + size], model.config.block_size, model.wte.weight.device)
         there = targets >= 0
-        logits = model.head(model.hidden(idx, instr, tuner)[there]).float()
-        nats += F.cross_entropy(logits, targets[there], reduction="sum").item()
-        tokens += len(logits)
-        wrong = torch.zeros(len(idx), device=idx.device).index_add(
-            0, there.nonzero()[:, 0], (logits.argmax(-1) != targets[there]).float()
-        )
+        wrong = torch.zeros(len(idx), dtype=torch.long, device=idx.device)
+        parts = (x.split(1024) for x in (model.hidden(idx, instr, tuner)[there], targets[there], there.nonzero()[:, 0]))
+        for x, target, row in zip(*parts):  # never all logits at once: they can be larger than all the rest
+            logits = model.head(x).float()
+            nats += F.cross_entropy(logits, target, reduction="sum").item()
+            wrong.index_add_(0, row, (logits.argmax(-1) != target).long())
+        tokens += there.sum().item()
         exact += (wrong == 0).sum().item()
     return exact / len(examples), nats / tokens
 
 
-def answer(model, tokenizer, rows, tuner=None, max_new=0, **how):
+def answer(model, tokenizer, rows, tuner=None, max_new=0, truncate=False, **how):
     """Answers to rows of instruction and input, as text.
 
-    At most max_new tokens each; 0 means 64, or as many as there is room for.  `how` goes to `generate`, which is greedy
-    unless told otherwise.
+    At most max_new tokens each; 0 means 64, or as many as there is room for, which truncate makes by cutting prompts.
+    `how` goes to `generate`, which is greedy unless told otherwise.
     """
-    prompts = [tokenizer.prompt(template(row)) for row in rows]
-    max_new = max_new or max(1, min(64, model.config.block_size - max(map(len, prompts))))
+    prompts, most = [tokenizer.prompt(template(row)) for row in rows], model.config.block_size
+    if truncate:
+        prompts = [shorten(prompt, most - (max_new or min(64, most // 2)), tokenizer) for prompt in prompts]
+    max_new = max_new or max(1, min(64, most - max(map(len, prompts))))
     return [tokenizer.decode(ids).strip() for ids in generate(model, prompts, tuner, max_new, tokenizer.end, **how)]
 
 
@@ -194,8 +198,11 @@ def schedule(step, steps):
     return min((step + 1) / max(1, 0.06 * steps), 1 - step / steps)
 
 
-def train(model, tuner, train_examples, val_examples, args, meta):
-    """Train `tuner` and leave best.pt, last.pt and log.jsonl in args.out; returns the content of best.pt.
+def train(model, tuner, examples, args, meta):
+    """Train `tuner` on examples["train"], with --bilevel its coefficients on examples["upper"].
+
+    Leaves best.pt, last.pt and log.jsonl in args.out.
+    Returns the content of best.pt.
 
     With --resume it goes on as if it had never stopped: a step depends on the seed, its number and what the steps
     before it left.
@@ -204,12 +211,14 @@ def train(model, tuner, train_examples, val_examples, args, meta):
     optimizer = torch.optim.AdamW(tuner.groups(args.lr), weight_decay=args.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
     upper = {id(p) for p in tuner.upper()} if args.bilevel else set()
-    parts = [train_examples]
-    if args.bilevel:  # the rows of the lower level, and those of the upper
-        parts = [[e for i, e in enumerate(train_examples) if i % 5], train_examples[::5]]
     levels = [
-        Batches(part, args.batch_size, args.seed, model.config.block_size, model.wte.weight.device) for part in parts
+        Batches(examples[name], args.batch_size, args.seed, model.config.block_size, model.wte.weight.device)
+        for name in ("train", "upper")
+        if name in examples
     ]
+    for level in levels:
+        if level.size % parallel.SIZE:
+            raise ValueError(f"{level.size} rows a step cannot be shared by {parallel.SIZE} processes")
     state = {"step": 0, "lowest": math.inf, "losses": []}  # losses since the last validation
     if args.resume:
         saved = resumable(last, previous, meta)
@@ -230,7 +239,7 @@ def train(model, tuner, train_examples, val_examples, args, meta):
     def check(loss, step):
         if not math.isfinite(loss):
             kept = f"{best} is intact" if os.path.exists(best) else "nothing had been saved yet"
-            raise ValueError(f"loss is {loss} at step {step}, --lr {args.lr:g}; {kept}. Try --lr {args.lr / 4:.1g}")
+            raise Diverged(f"loss is {loss} at step {step}, --lr {args.lr:g}; {kept}. Try --lr {args.lr / 4:.1g}")
         return loss
 
     model.checkpointing = args.checkpoint
@@ -267,7 +276,7 @@ def train(model, tuner, train_examples, val_examples, args, meta):
             if done % args.eval_every == 0 or done == args.steps:
                 row = {"step": done, "loss": sum(state["losses"]) / len(state["losses"])}
                 row["tokens_per_s"] = round(tokens / (time.perf_counter() - clock))
-                row["exact"], row["val"] = evaluate(model, val_examples, tuner)
+                row["exact"], row["val"] = evaluate(model, examples["val"], tuner)
                 bar.set_postfix_str("loss {loss:.3f}, val {val:.3f}, {tokens_per_s:,} tokens/s".format(**row))
                 lower = check(row["val"], step) < state["lowest"]
                 state["lowest"] = min(row["val"], state["lowest"])
@@ -307,6 +316,10 @@ def replace_by_link(path, other):
     except OSError:
         shutil.copy(path, tmp)
     os.replace(tmp, other)
+
+
+class Diverged(ValueError):
+    """The loss is no finite number any more."""
 
 
 class Stop:
@@ -416,6 +429,10 @@ def begin(args):
     rows = {name: spread(r, most.get(name, args.test_rows)) for name, r in rows.items()}
     if 0 < args.train_rows < len(rows["train"]):
         rows["train"] = random.Random(args.seed).sample(rows["train"], args.train_rows)
+    if args.bilevel:  # no instruction stands on both sides
+        rows["train"], rows["upper"] = split(rows["train"], args.seed, 0.2)
+        if not rows["train"]:
+            raise ValueError("--bilevel: all training rows have the same instruction, so none can be held out")
     examples = {name: encode(r, tokenizer, block_size, args.truncate) for name, r in rows.items()}
     torch.manual_seed(args.seed)
     tuner = build(args.method, model.config, [] if scratch else args.o).to(device)
@@ -465,7 +482,7 @@ def main(argv=None):
     # Before: the frozen model alone.
     shown = [row for name in tests for row in spread(rows[name], 2)][:6]
     before = {name: evaluate(model, examples[name]) for name in tests}
-    texts = [answer(model, tokenizer, shown)]
+    texts = [answer(model, tokenizer, shown, truncate=args.truncate)]
 
     tuner.attach(model)
     everything = {id(p): p for p in (*model.parameters(), *tuner.parameters())}.values()
@@ -475,13 +492,13 @@ def main(argv=None):
     print(f"{args.init} on {device}, {kept}")
     print(f"{args.data}: {', '.join(f'{name} {len(r):,}' for name, r in rows.items())} rows")
     clear(args)
-    best = train(model, tuner, examples["train"], examples["val"], args, session.meta)
+    best = train(model, tuner, examples, args, session.meta)
 
     # After.
     path = os.path.join(args.out, "best.pt")
     fill(tuner, best, path)
     after = {name: evaluate(model, examples[name], tuner) for name in tests}
-    texts.append(answer(model, tokenizer, shown, tuner))
+    texts.append(answer(model, tokenizer, shown, tuner, truncate=args.truncate))
     size = os.path.getsize(path) / 1000
     print("\n" + "\n".join(table(before, after, args.method, {name: len(rows[name]) for name in tests})))
     print("\n" + "\n".join(examples_before_and_after(shown, *texts, args.method)))

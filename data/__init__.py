@@ -388,7 +388,7 @@ def encode(rows, tokenizer, block_size, truncate=False):
     A row that does not fit raises ValueError; with truncate its prompt loses what stands before "Response:", and a
     response that takes more than half of the block its end.
     """
-    examples, tail = [], len(tokenizer.encode("\nResponse:"))
+    examples = []
     for i, row in enumerate(rows):
         prompt = tokenizer.prompt(template(row))
         response = tokenizer.encode(" " + row["output"].strip()) + [tokenizer.end] * row.get("end", True)
@@ -399,11 +399,15 @@ def encode(rows, tokenizer, block_size, truncate=False):
                     f" (--truncate cuts such rows): {row}"[:300]
                 )
             response = response[: block_size - min(len(prompt), block_size - block_size // 2)]
-            room = block_size - len(response)
-            if len(prompt) > room:
-                prompt = prompt[: max(0, room - tail)] + prompt[-min(tail, room) :]
+            prompt = shorten(prompt, block_size - len(response), tokenizer)
         examples.append((prompt, response))
     return examples
+
+
+def shorten(prompt, room, tokenizer):
+    """A prompt of at most `room` tokens: what stands before "Response:" loses its end."""
+    tail = min(room, len(tokenizer.encode("\nResponse:")))
+    return prompt if len(prompt) <= room else prompt[: room - tail] + prompt[len(prompt) - tail :]
 
 
 def collate(examples, block_size, device="cpu", multiple=16):

@@ -150,5 +150,5 @@ def test_a_broken_method_fails_the_tests_that_a_registered_method_runs(monkeypat
     monkeypatch.setitem(METHODS, "broken", broken)
     model = small_model("gpt2")
     tuner = shake(small_tuner("broken", model), 0.3)
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises(RuntimeError if broken is Remembers and "gradient" in test.__name__ else AssertionError):
         test(SimpleNamespace(arch="gpt2", method="broken", given=[], model=model, tuner=tuner))

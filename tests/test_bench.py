@@ -54,10 +54,11 @@ def test_a_comparison_scores_the_chosen_rate_alone_and_goes_on_after_a_break(tmp
         os.makedirs(folder, exist_ok=True)
         if f is quality.train_one:
             lr = float(args[0][args[0].index("--lr") + 1])
-            made = {"val": abs(lr - 0.1), "lr": lr, "trainable": 100, "tokens_per_s": 1, "peak_bytes": 1}
+            made = {"val": abs(lr - 0.1), "argv": args[0], "trainable": 100, "tokens_per_s": 1, "peak_bytes": 1}
             quality.write(os.path.join(folder, "trained.json"), made)
         else:
-            quality.write(os.path.join(folder, "scores.json"), {"test": {"nats": float(len(calls))}})
+            scores = {"how": [args[0], *args[2:]], "scores": {"test": {"nats": float(len(calls))}}}
+            quality.write(os.path.join(folder, "scores.json"), scores)
 
     monkeypatch.setattr(quality, "alone", pretend)
     argv = ["quality", "--methods", "ptuning2,capt", "--budget", "4096", "--seeds", "2", "--out", str(tmp_path)]
@@ -76,6 +77,9 @@ def test_a_comparison_scores_the_chosen_rate_alone_and_goes_on_after_a_break(tmp
     count = len(calls)
     bench.main([*argv, "--seeds", "3"])
     assert len(calls) == count + 4  # a third seed of two methods, trained and scored
+    for other in (["--steps", "7"], ["--metric", "bleu"], ["--budget", "9000"]):  # never other runs' figures
+        with pytest.raises(ValueError, match="is of a run with other options"):
+            bench.main([*argv, *other])
 
 
 def test_a_run_of_the_comparison_is_the_run_of_train_py(rows, tmp_path):  # noqa: F811
@@ -84,14 +88,39 @@ def test_a_run_of_the_comparison_is_the_run_of_train_py(rows, tmp_path):  # noqa
     os.makedirs(tmp_path / "b")
     quality.train_one(argv, str(tmp_path / "b"))
     quality.score_one(argv, str(tmp_path / "b"), "exact", 0, 1)
-    scores = quality.read(tmp_path / "b" / "scores.json")
+    scores = quality.read(tmp_path / "b" / "scores.json")["scores"]
     for name, (exact, nats) in told["after"].items():
         assert scores[name] == {"nats": nats, "exact %": 100 * exact}
     assert quality.read(tmp_path / "b" / "trained.json")["trainable"] == 2 * 4 * 256
     os.makedirs(tmp_path / "none")
     quality.score_one(argv, str(tmp_path / "none"), "exact", 0, 1)
-    frozen = quality.read(tmp_path / "none" / "scores.json")
+    frozen = quality.read(tmp_path / "none" / "scores.json")["scores"]
     assert {name: s["nats"] for name, s in frozen.items()} == {name: nats for name, (_, nats) in told["before"].items()}
+
+
+def test_a_rate_that_diverges_is_a_bad_rate_and_no_failure(rows, tmp_path, monkeypatch):  # noqa: F811
+    argv = [*SMALL, "--data", rows, "--method", "ptuning2", "-o", "P=2", "--lr", "0.05"]
+    real = train.Decoder.forward
+    for after, name in ((0, "at once"), (4, "later")):
+        left = [after]
+
+        def forward(*args, left=left):
+            left[0] -= 1
+            return real(*args) * (float("nan") if left[0] < 0 else 1)
+
+        monkeypatch.setattr(train.Decoder, "forward", forward)
+        os.makedirs(tmp_path / name)
+        quality.train_one(argv, str(tmp_path / name))
+        val = quality.read(tmp_path / name / "trained.json")["val"]
+        assert val == 1e9 if after == 0 else 1 < val < 20
+        monkeypatch.undo()
+
+
+def test_the_search_ends_where_every_higher_rate_is_better():
+    runs = object.__new__(quality.Quality)
+    runs.args, runs.rates, runs.bar = SimpleNamespace(lr=None), {}, SimpleNamespace(total=0)
+    runs.trained = lambda name, lr, seed: {"val": -lr}
+    assert len(runs.search("iapt")) <= 10
 
 
 def test_a_failed_run_is_one_line_with_its_reason(tmp_path):
@@ -115,6 +144,9 @@ def test_bleu_and_rouge_take_the_best_of_several_references():
         (["--methods", "iapt,lore"], "no method 'lore'"),
         (["--budget", "0"], "--budget must be at least 1"),
         (["--seed", "3"], "--seed is for bench.py to set"),
+        (["--seed=3"], "--seed is for bench.py to set"),
+        (["-oP=2"], "-o is for bench.py to set"),
+        (["--meth", "lora"], "unrecognized arguments: --meth lora"),
         (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
     ],
 )

@@ -90,6 +90,16 @@ def test_the_compiled_rational_equals_the_eager_one(monkeypatch, dtype):
         torch.testing.assert_close(a, b, atol=1e-5 if a.dtype == torch.float32 else 1e-2, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4, 5)])
+def test_the_activation_takes_any_shape(shape):
+    x, r = torch.randn(shape, requires_grad=True), Rational()
+    r(x).sum().backward()
+    flat = copy.deepcopy(r)
+    flat.zero_grad()
+    flat(x.detach().reshape(1, -1)).sum().backward()
+    torch.testing.assert_close([x.grad.shape, r.a.grad, r.b.grad], [x.shape, flat.a.grad, flat.b.grad])
+
+
 def test_pooling_weights_are_a_distribution_over_the_instruction():
     z, w = torch.randn(2, 8, 5), torch.randn(5, 4)
     _, instr = right_padded([6, 3], 8)

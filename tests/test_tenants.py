@@ -4,13 +4,16 @@ import pytest
 import torch
 from conftest import right_padded, shake, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from baselines import METHODS, build
+from iapt import Tuner
 from model import generate
 from tenants import Tenants
 
 MIXED = [
-    ("iapt", ""), ("iapt", "P=2 space=hidden"), ("ptuning2", "P=7"), ("prompt", "P=3"), ("dynamic", "length=1 P=4"),
+    ("iapt", "pool=last"), ("iapt", "P=2 space=hidden"), ("ptuning2", "P=7"), ("prompt", "P=3"),
+    ("dynamic", "length=1 P=4"),
     ("lora", "r=2"), ("lora", "r=5 alpha=8"), ("lora", "on=k,o,up"), ("adapter", ""),
 ]  # fmt: skip
 
@@ -73,7 +76,8 @@ class Inputs(TorchDispatchMode):
         self.read = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.read |= {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self.read |= {x.untyped_storage().data_ptr() for x in given}
         return func(*args, **(kwargs or {}))
 
 
@@ -93,7 +97,20 @@ def test_a_decode_step_reads_no_tensor_of_a_prompt_tenant_but_those_of_lora(mode
 
 
 def test_what_cannot_share_a_model_is_refused(model):
-    with pytest.raises(ValueError, match="full fine-tuning"):
+    with pytest.raises(ValueError, match="Full changes the model itself"):
         Tenants([METHODS["full"](model.config)], [0])
     with pytest.raises(ValueError, match="there are 1"):
         Tenants([METHODS["capt"](model.config)], [0, 1])
+    with pytest.raises(ValueError, match="3 rows, but tenants of 2"):
+        generate(model, [[1], [2], [3]], Tenants([METHODS["capt"](model.config)], [0, 0]), 2)
+
+
+def test_an_embedding_tenant_that_adds_no_rows_still_acts(model):
+    class Shift(Tuner):
+        def embed(self, x, instr):
+            return x + 1, None, None
+
+    idx, instr = right_padded([5, 5], 5)
+    both = model(idx, instr, Tenants([Shift()], [0, -1]))
+    torch.testing.assert_close(both[:1], model(idx[:1], instr[:1], Shift()))
+    torch.testing.assert_close(both[1:], model(idx[1:]))
