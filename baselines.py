@@ -11,25 +11,21 @@
     capt       a learned vector and the instruction's mean state, at each layer
     mine       the example to fork: soft tokens that are a projection of the mean instruction state
 
-and what all methods share:
+and what makes them methods everywhere, in train.py, sample.py, bench.py and the tests:
 
-    METHODS                       {name: class}; what stands here is a method everywhere: train.py, sample.py, the tests
+    METHODS                       {name: class}
     build(name, config, given)    a tuner from its name and its options as strings
-    save_tuner, load_tuner        what was trained, and for what
 
 Each class reads alone.  Letters for shapes are those of model.py.
 """
 
 import inspect
-import io
-import zipfile
 from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import replacing
 from iapt import IAPT, Tuner, mean_pool, split_kv
 from model import Block, Decoder, norm
 
@@ -387,37 +383,3 @@ def build(name, config, given=()):
     if name not in METHODS:
         raise ValueError(f"no method {name!r}. There are: {', '.join(METHODS)}")
     return METHODS[name](config, **options(METHODS[name], name, given))
-
-
-def save_tuner(path, tuner, meta, **more):
-    """Write a checkpoint: the trained tensors, nothing frozen, and `meta`, which says what they are."""
-    content = io.BytesIO()
-    torch.save({"tuner": tuner.state_dict(), "meta": meta, **more}, content)
-    with replacing(path, "wb") as f:  # in one go: torch.save itself would hide why a disk refuses
-        f.write(content.getbuffer())
-
-
-def fill(tuner, content, path):
-    """Put a checkpoint's tensors into a tuner.  Raises ValueError if they are of another shape."""
-    try:
-        tuner.load_state_dict(content["tuner"])
-    except RuntimeError as e:
-        raise ValueError(f"{path} does not fit this model: {str(e).splitlines()[-1].strip()[:200]}") from None
-
-
-def load_tuner(path):
-    """A checkpoint's content.  Never unpickles code; raises ValueError for what is not a checkpoint."""
-    try:
-        with zipfile.ZipFile(path) as z:  # torch.load does not look at the checksums that torch.save wrote
-            if z.testzip():
-                raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        meta, tensors = content["meta"], content["tuner"]
-        texts = [meta["method"], meta["init"], meta["base"], *meta["options"], *tensors]
-        if not all(isinstance(text, str) for text in texts) or not all(map(torch.is_tensor, tensors.values())):
-            raise TypeError
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint at {path}. Run: python train.py") from None
-    except Exception as e:  # torch.load raises half a dozen kinds, and so does looking into what is something else
-        raise ValueError(f"{path} is not a checkpoint of train.py, or was cut off ({type(e).__name__})") from None
-    return content

@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 import train
-from baselines import build, fill, load_tuner
+from baselines import build
+from checkpoint import claim, fill, load_tuner
 from data import replacing, template
 
 # A row of the comparison: the method, its options, the option that sets its size and the most we give it.
@@ -123,7 +124,7 @@ def train_one(argv, folder):
     before = peak_memory(train.pick_device(args.device)[0])
     session = train.begin(args)
     session.tuner.attach(session.model)
-    train.clear(args)
+    claim(folder, args.force)
     device = session.model.wte.weight.device
     try:
         val = train.train(session.model, session.tuner, session.examples, args, session.meta)["val"]

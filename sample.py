@@ -15,7 +15,8 @@ import sys
 import torch
 
 import weights
-from baselines import build, fill, load_tuner
+from baselines import build
+from checkpoint import fill, load_tuner
 from data import run
 from tenants import Tenants
 from train import answer, open_model, pick_device

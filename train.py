@@ -22,11 +22,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -34,14 +29,13 @@ from tqdm import tqdm
 import hub
 import parallel
 import weights
-from baselines import METHODS, build, fill, load_tuner, options, save_tuner
-from data import Batches, Tokenizer, collate, encode, load, prepare, replacing, run, shorten, split, template
+from baselines import METHODS, build, options
+from checkpoint import FILES, claim, fill, keep_lines, load_tuner, replace_by_link, resumable, save_tuner
+from data import Batches, Tokenizer, collate, encode, load, prepare, run, shorten, split, template
 from model import Config, Decoder, generate
 
-HELD = {}  # lock files, open, by path
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = os.path.join(HERE, "data", "tiny")
-FILES = ("last.pt", "best.pt", "log.jsonl", "previous.pt")  # of a run; the last is what last.pt was before
 DEFINE = (
     "method", "init", "data", "seed", "steps", "lr", "batch_size", "weight_decay", "eval_every", "train_rows",
     "val_rows", "skip_bad", "truncate", "bilevel",
@@ -308,16 +302,6 @@ def gradients(model, tuner, batch, parts=1):
     return loss, (instr | (targets >= 0)).sum().item()
 
 
-def replace_by_link(path, other):
-    """Make `other` a second name of what `path` is now, whatever it was; a copy where there are no such links."""
-    tmp = f"{other}.{os.getpid()}.tmp"
-    try:
-        os.link(path, tmp)
-    except OSError:
-        shutil.copy(path, tmp)
-    os.replace(tmp, other)
-
-
 class Diverged(ValueError):
     """The loss is no finite number any more."""
 
@@ -337,33 +321,6 @@ class Stop:
     def __exit__(self, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def resumable(path, previous, meta):
-    """The content of last.pt, or of previous.pt if that is damaged.  Raises ValueError if it is of another run."""
-    try:
-        saved = load_tuner(path)
-    except (ValueError, FileNotFoundError) as e:
-        if not os.path.exists(previous):
-            raise
-        saved, path = load_tuner(previous), previous
-        print(f"{e}; going on from {previous}, step {saved.get('state', {}).get('step')}", file=sys.stderr)
-    if "optimizer" not in saved or "state" not in saved:
-        raise ValueError(f"--resume: {path} is a checkpoint, but not of a run that can go on")
-    for key, value in meta.items():
-        if saved["meta"].get(key) != value:
-            raise ValueError(f"--resume: {key} was {saved['meta'].get(key)!r} in {path}, now it is {value!r}")
-    return saved
-
-
-def keep_lines(log, step):
-    """Drop from a log what was written after `step` (0: all of it), and a last line that was not finished."""
-    lines = []
-    if step and os.path.exists(log):
-        with open(log, encoding="utf-8") as f:
-            lines = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= step]
-    with replacing(log) as f:
-        f.writelines(lines)
 
 
 # -- A run -------------------------------------------------------------------------------------------------------------
@@ -451,24 +408,6 @@ def begin(args):
     )
 
 
-def clear(args):
-    """Make the run's folder our own, as long as this process lives; with --force, remove the run that is in it."""
-    if parallel.RANK:
-        return
-    os.makedirs(args.out, exist_ok=True)
-    path = os.path.abspath(os.path.join(args.out, "lock"))
-    if fcntl and path not in HELD:
-        handle = open(path, "w")  # noqa: SIM115  (open until the process ends)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise FileExistsError(f"another run writes to {args.out} just now: --out names another folder") from None
-        HELD[path] = handle
-    for name in FILES:
-        if args.force and os.path.exists(path := os.path.join(args.out, name)):
-            os.remove(path)
-
-
 def main(argv=None):
     args = parse(argv)
     if parallel.RANK:  # the first process speaks for all
@@ -491,7 +430,8 @@ def main(argv=None):
     kept = "all of it trains, in float32" if args.method == "full" else f"frozen in {str(dtype)[6:]} ({session.why})"
     print(f"{args.init} on {device}, {kept}")
     print(f"{args.data}: {', '.join(f'{name} {len(r):,}' for name, r in rows.items())} rows")
-    clear(args)
+    if parallel.RANK == 0:
+        claim(args.out, args.force)
     best = train(model, tuner, examples, args, session.meta)
 
     # After.

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import ARCHS, right_padded, small_model, small_tuner
 
-from baselines import METHODS, build, load_tuner, save_tuner
+from baselines import METHODS, build
+from checkpoint import load_tuner, save_tuner
 from model import generate
 
 # Options beyond the defaults that the tests below should see too.

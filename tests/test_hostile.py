@@ -19,7 +19,8 @@ import torch
 from parity import FOLDER
 
 import weights
-from baselines import build, fill, load_tuner, save_tuner
+from baselines import build
+from checkpoint import fill, load_tuner, save_tuner
 from data import END, Tokenizer, collate, encode, gpt2_chars, read_rows
 from model import Config, Decoder
 

@@ -42,6 +42,22 @@ def test_the_example_to_fork_is_the_one_in_baselines():
     assert code(block("class Mine")) == code(inspect.getsource(baselines.Mine))
 
 
+def test_the_file_list_names_every_file_and_its_length_within_a_tenth():
+    listed = dict(re.findall(r"^\| \[([\w/\\]+\.py)\].*?\| (\d+) \|", README.replace("\\_", "_"), re.MULTILINE))
+    there = [f for f in os.listdir(ROOT) if f.endswith(".py")] + ["data/__init__.py", "data/prepare.py"]
+    assert sorted(listed) == sorted(there)
+    for name, lines in listed.items():
+        with open(os.path.join(ROOT, name), encoding="utf-8") as f:
+            assert abs(len(f.readlines()) - int(lines)) <= 0.1 * int(lines), name
+
+
+def test_every_method_and_its_options_are_in_the_readme():
+    rows = dict(re.findall(r"^\| `(\w+)` \| .*\| (.*) \|$", README, re.MULTILINE))
+    for name, cls in baselines.METHODS.items():
+        shown = rows[name].strip("`").split() if rows[name] else []
+        assert {option.split("=")[0] for option in shown} <= set(inspect.signature(cls).parameters)
+
+
 def test_ci_runs_the_readme_s_own_test_command():
     with open(os.path.join(ROOT, ".ci", "run"), encoding="utf-8") as f:
         assert "pip install -r requirements.txt && python -m pytest\n" in f.read()

@@ -16,7 +16,7 @@ from conftest import ROOT
 from test_train import SMALL, rows, tensors  # noqa: F401  (rows is a fixture)
 
 import train
-from baselines import load_tuner
+from checkpoint import load_tuner
 from data import run
 
 LONGER = [*SMALL, "--steps", "40", "--eval-every", "20", "--save-every", "3", "--val-rows", "8"]

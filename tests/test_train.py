@@ -16,7 +16,8 @@ from conftest import ROOT, shared
 
 import sample
 import train
-from baselines import METHODS, load_tuner
+from baselines import METHODS
+from checkpoint import load_tuner
 from data import encode, load, prepare, run
 from model import generate
 
