@@ -225,11 +225,16 @@ class Generator(nn.Module):
         learned = torch.randn(down.out_features, P) * down.out_features**-0.5
         self.w_sa = nn.Parameter(learned) if pool == "attention" else None
 
-    def forward(self, x, instr):
+    def reads(self, x, instr):
+        """Z (B, T, m), and how much each soft token reads of each place: (B, P, T), or (B, 1, T) if all do alike."""
         # Our choice: bring H and Q to unit mean square.  Hidden states grow along the layers, some of their dimensions
         # are huge in every model, and it is around 1 that R has its shape.  The paper mentions no norm: norm=0.
         z = self.down(rms(x.float()) if self.norm else x.float())
-        q = self.pool(z, self.w_sa, instr) @ z
+        return z, self.pool(z, self.w_sa, instr)
+
+    def forward(self, x, instr):
+        z, weights = self.reads(x, instr)
+        q = weights @ z
         s = self.up(self.act(rms(q) if self.norm else q))
         return s.expand(-1, self.P, -1)  # where there is one Q for all, one S for all
 

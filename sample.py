@@ -5,6 +5,7 @@ python sample.py out/iapt/best.pt "the plural of mouse ?" "the past of go ?"    
 python sample.py out/iapt/best.pt "tell me the reverse of these words ." --input "cat sun moon"
 python sample.py out/iapt/best.pt < questions.txt                               # a line each
 python sample.py out/iapt/best.pt                                               # ask, read, ask again
+python sample.py out/iapt "the past of go ?" --explain                          # what each soft token reads
 python sample.py --tenant out/iapt "the past of go ?" --tenant out/lora "the plural of mouse ?"     # one batch
 """
 
@@ -17,7 +18,8 @@ import torch
 import weights
 from baselines import build
 from checkpoint import fill, load_tuner
-from data import run
+from data import run, template
+from iapt import IAPT
 from tenants import Tenants
 from train import answer, open_model, pick_device
 
@@ -58,6 +60,7 @@ def parse(argv=None):
     add(
         "--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the frozen weights (default: %(default)s)"
     )
+    add("--explain", action="store_true", help="show what each soft token of IAPT reads of the instruction")
     add("--compile", action="store_true", help="torch.compile the decode step: for long or many answers")
     add("--force", action="store_true", help="use the tuning even on a model that it was not trained for")
     args = parser.parse_args(argv)
@@ -99,6 +102,35 @@ def open_checkpoints(paths, init=None, force=False, device="cpu", dtype=None):
     return model, tokenizer, tuners
 
 
+SHADES = ((0.4, "48;5;25;38;5;231"), (0.2, "48;5;68;38;5;231"), (0.1, "48;5;111;38;5;16"), (0.05, "48;5;153;38;5;16"))
+
+
+@torch.no_grad()
+def explain(model, tokenizer, tuner, prompt, color):
+    """What each soft token reads of a prompt (ids), as lines of text: its words, darker where the weight is larger.
+
+    Without color the words with a weight of a twentieth or more, and their weights.
+    """
+    weights = []
+    hooks = [
+        g.register_forward_pre_hook(lambda g, given: weights.append(g.reads(*given)[1][0])) for g in tuner.generators
+    ]
+    idx = torch.tensor([prompt], device=model.wte.weight.device)
+    model.prefill(idx, torch.tensor([len(prompt)], device=idx.device), tuner)
+    for hook in hooks:
+        hook.remove()
+    words = [tokenizer.decode([i]).replace("\n", "\\n") for i in prompt]
+    for l, layer in enumerate(weights, 1):
+        for p, row in enumerate(layer.tolist(), 1):
+            if color:
+                shades = [next((shade for least, shade in SHADES if w >= least), "0") for w in row]
+                text = "".join(f"\x1b[{shade}m{word}\x1b[0m" for word, shade in zip(words, shades))
+            else:
+                most = sorted(zip(row, words), reverse=True)
+                text = "  ".join(f"{word.strip()} {w:.2f}" for w, word in most if w >= SHADES[-1][0])
+            yield f"layer {l:2}, token {p}:  {text}"
+
+
 def main(argv=None):
     args = parse(argv)
     device, dtype, _ = pick_device(args.device, args.dtype)
@@ -109,16 +141,22 @@ def main(argv=None):
     if args.tenant:
         who = [paths.index(path) for path, *prompts in tenants for _ in prompts]
         tuner = Tenants(tuners, who).to(device)
+    if args.explain and not isinstance(tuner, IAPT):
+        raise ValueError("--explain shows what IAPT's soft tokens read: it wants a checkpoint of iapt")
     if tuner is not None:
         tuner.attach(model)
     if args.compile:
         model.step = torch.compile(model.step, fullgraph=True)
 
     def ask(instructions):
+        """Lines to print: an answer to each instruction, with --explain below what was read."""
         inputs = args.input * len(instructions) if len(args.input) == 1 else args.input or [""] * len(instructions)
         rows = [{"instruction": text, "input": given} for text, given in zip(instructions, inputs)]
         how = dict(seed=args.seed, beams=args.beams, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-        return [" ".join(text.split()) for text in answer(model, tokenizer, rows, tuner, args.max_new, **how)]
+        for row, text in zip(rows, answer(model, tokenizer, rows, tuner, args.max_new, **how)):
+            if args.explain:
+                yield from explain(model, tokenizer, tuner, tokenizer.prompt(template(row)), sys.stdout.isatty())
+            yield " ".join(text.split())
 
     if args.prompts or not sys.stdin.isatty():
         asked = args.prompts or [line.strip() for line in sys.stdin if line.strip()]

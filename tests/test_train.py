@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,6 +58,20 @@ def test_the_same_seed_is_the_same_run_and_another_seed_another(rows, tmp_path):
     a, b, c = (tensors(tmp_path / name) for name in "abc")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def test_explain_shows_weights_of_the_instruction_s_words(trained, capsys):
+    sample.main([trained, "what is the capital of peru ?", "--explain", "--device", "cpu"])
+    *lines, said = capsys.readouterr().out.splitlines()
+    sample.main([trained, "what is the capital of peru ?", "--device", "cpu"])
+    assert capsys.readouterr().out.splitlines() == [said]
+    assert len(lines) == 4 * 4 and lines[0].startswith("layer  1, token 1:  ")
+    model, tokenizer, (tuner,) = sample.open_checkpoints([trained], device="cpu", dtype=torch.float32)
+    prompt = tokenizer.prompt("Instruction: what is the capital of peru ?\nResponse:")
+    coloured = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in sample.explain(model, tokenizer, tuner, prompt, True)]
+    assert all(line.endswith("what is the capital of peru ?\\nResponse:") for line in coloured)
+    shown = [float(w) for w in re.findall(r"\d\.\d\d", lines[0])]
+    assert shown == sorted(shown, reverse=True) and 0.3 < sum(shown) <= 1.02
 
 
 def test_tenants_on_the_command_line_answer_as_each_does_alone(rows, trained, tmp_path):
@@ -220,6 +235,7 @@ def cli(script, *args):
         (sample, ["nowhere.pt", "x"], "no checkpoint at nowhere.pt. Run: python train.py"),
         (sample, ["README.md", "x"], "README.md is not a checkpoint"),
         (sample, [], "give a checkpoint, or several with --tenant"),
+        (sample, ["x.pt", "x", "--explain"], "no checkpoint at x.pt"),
         (sample, ["--tenant", "x.pt"], "--tenant wants a checkpoint and at least one instruction"),
     ],
 )
