@@ -366,7 +366,8 @@ def spread(values):
 def markdown(rows):
     """The table of rows, of which the first is the frozen model: lowest loss first, mean ± standard deviation."""
     tests = rows[0]["scores"]
-    columns = [(test, key) for test in tests for key in tests[test]]
+    top = next(iter(tests))  # the loss of the first test set is enough beside a metric of all
+    columns = [(t, key) for t in tests for key in tests[t] if t == top or key != "nats" or len(tests[t]) == 1]
     short = {test: test.removeprefix("test_") for test in tests}
     names = [f"{key} {short[test]}" if len(tests) > 1 else key for test, key in columns]
     lora = next((row["scores"] for row in rows if row["method"] == "lora"), None)
