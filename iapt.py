@@ -296,11 +296,12 @@ class IAPT(Tuner):
         by_part = {part: [] for part in ("", *self.rates)}
         for name, p in self.named_parameters():
             by_part[next((part for part in self.rates if part in name.split(".")), "")].append(p)
-        groups = [{"params": params, "lr": lr * self.rates.get(part, 1)} for part, params in by_part.items() if params]
-        for group in groups:  # decay would pull a GELU towards zero
-            if group["params"] == by_part["act"]:
-                group["weight_decay"] = 0.0
-        return groups
+        groups = {
+            part: {"params": params, "lr": lr * self.rates.get(part, 1)} for part, params in by_part.items() if params
+        }
+        if "act" in groups:  # decay would pull a GELU towards zero
+            groups["act"]["weight_decay"] = 0.0
+        return list(groups.values())
 
     def upper(self):
         return [p for name, p in self.named_parameters() if "act" in name.split(".")]
