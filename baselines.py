@@ -105,14 +105,24 @@ class PromptTuning(Tuner):
         super().__init__()
         self.soft = nn.Parameter(torch.zeros(P, config.n_embd))
 
-    def start(self, model):  # the paper's best: embeddings of real tokens
-        with torch.no_grad():
-            self.soft.copy_(model.wte.weight[torch.randint(len(model.wte.weight), (len(self.soft),))])
+    def start(self, model):
+        start_as_tokens(self.soft, model)
 
     def embed(self, x, instr):
         (B, T, _), P = x.shape, len(self.soft)
         at = torch.arange(P, P + T, device=x.device).expand(B, T)
         return torch.cat((self.soft.to(x.dtype).expand(B, -1, -1), x), 1), at, None
+
+
+@torch.no_grad()
+def start_as_tokens(soft, model):
+    """Set soft (.., C) to embeddings of tokens drawn at random: the best start that arXiv 2104.08691 found."""
+    soft.copy_(model.wte.weight[torch.randint(len(model.wte.weight), soft.shape[:-1])])
+
+
+def mean_state(x, instr):
+    """The instruction's mean state (B, 1, C), in fp32."""
+    return mean_pool(x.float(), None, instr) @ x.float()
 
 
 Position = Literal["before", "task", "instance"]
@@ -143,8 +153,7 @@ class Dynamic(Tuner):
         self.register_buffer("tau", torch.tensor(1.0), persistent=False)
 
     def start(self, model):
-        with torch.no_grad():
-            self.soft.copy_(model.wte.weight[torch.randint(len(model.wte.weight), self.soft.shape[:2])])
+        start_as_tokens(self.soft, model)
 
     def progress(self, done):
         self.tau.fill_(1 - done / 2)
@@ -156,7 +165,7 @@ class Dynamic(Tuner):
 
     def embed(self, x, instr):
         (B, T, _), P = x.shape, self.soft.shape[1]
-        mean = (mean_pool(x.float(), None, instr) @ x.float())[:, 0]  # (B, C)
+        mean = mean_state(x, instr)[:, 0]  # (B, C)
         soft = self.soft[0].expand(B, -1, -1)
         if self.mix is not None:
             soft = torch.einsum("bk,kpc->bpc", self.mix(mean).softmax(-1), self.soft)
@@ -328,7 +337,7 @@ class CaPT(Tuner):
         self.p = nn.ParameterList(torch.randn(P, config.n_embd) * 0.1 for _ in range(config.n_layer))
 
     def prompt(self, l, x, instr):
-        return self.p[l] + mean_pool(x.float(), None, instr) @ x.float()  # (P, C) + (B, 1, C)
+        return self.p[l] + mean_state(x, instr)  # (P, C) + (B, 1, C)
 
 
 class Mine(Tuner):

@@ -26,10 +26,10 @@ from tqdm import tqdm
 import iapt
 import quality
 from baselines import build
-from data import run
+from data import replacing, run
 from iapt import Rational, RationalFunction, Tuner
 from model import Config, Decoder, generate
-from quality import machine, replacing, write
+from quality import machine, write
 from tenants import Tenants
 from train import pick_device
 
@@ -117,8 +117,7 @@ def rational(args):
                 f(*inputs).backward(g)
                 return [t.grad for t in inputs]
 
-            exact = [t.double() for t in (x, *coefficients)]
-            inputs = [t.requires_grad_() for t in exact]
+            inputs = [t.double().requires_grad_() for t in (x, *coefficients)]
             plain(*inputs).backward(g.double())
             rivals = {
                 "GELU, compiled": (compiled["GELU"], ()),
@@ -290,7 +289,7 @@ def hub_tuners(name, args):
 
 
 def served(model, tuner, idx, new, beams):
-    """Read prompts and write `new` tokens: (seconds for the prompts, for the tokens)."""
+    """Read prompts and write `new` tokens: seconds for the tokens (None with beams), and for all of it."""
     sync = (lambda: torch.cuda.synchronize(idx.device)) if idx.is_cuda else (lambda: None)
     length = torch.full((len(idx),), idx.shape[1], device=idx.device)
     sync()
@@ -298,14 +297,15 @@ def served(model, tuner, idx, new, beams):
     if beams > 1:
         generate(model, idx.tolist(), tuner, new, beams=beams)
         sync()
-        return 0.0, time.perf_counter() - begin
+        return None, time.perf_counter() - begin
     logits, cache = model.prefill(idx, length, tuner, new)
     sync()
     middle = time.perf_counter()
     for _ in range(new - 1):
         logits = model.step(logits.argmax(-1), cache)
     sync()
-    return middle - begin, time.perf_counter() - middle
+    end = time.perf_counter()
+    return end - middle, end - begin
 
 
 def serve(args):
@@ -332,16 +332,15 @@ def mixed(name, model, n, beams, args):
         "frozen": Tuner(), "iapt": tenants("iapt"), "ptuning2 P=16": tenants("ptuning2", "P=16"),
         "lora r=8 on q, v": tenants("lora"), "lora r=64 on all": tenants("lora", "r=64", "on=all"),
     }  # fmt: skip
-    prompts, decode, whole = ({label: [] for label in rivals} for _ in range(3))
+    decode, whole = ({label: [] for label in rivals} for _ in range(2))
     for i in tqdm(range(args.rounds + 1), desc=f"{name}, {n} tenants, {beams} beams", leave=False):
         for label, tuner in rivals.items():
             tuner.attach(model)
-            p, d = served(model, tuner, idx, args.new, beams)
+            tokens, everything = served(model, tuner, idx, args.new, beams)
             tuner.detach()
             if i:
-                prompts[label].append(p)
-                decode[label].append(d)
-                whole[label].append(p + d)
+                decode[label].append(tokens)
+                whole[label].append(everything)
     for label, tuner in rivals.items():
         yield {
             "shape": name, "rows": B, "tenants": n, "beams": beams, "method": label,
@@ -420,6 +419,9 @@ def parse(argv=None):
         return args
     if args.rest:
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    for name, value in vars(args).items():
+        if isinstance(value, (int, list)) and name != "rest" and min(value if isinstance(value, list) else [value]) < 1:
+            timed[args.command].error(f"--{name} must be at least 1, got {value}")
     for shape in getattr(args, "shapes", "").split(","):
         if shape and shape not in SHAPES:
             timed[args.command].error(f"no shape {shape!r}. There are: {', '.join(SHAPES)}")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import train
 from baselines import build
 from checkpoint import claim, fill, load_tuner
-from data import replacing, template
+from data import read_json, replacing, template
 
 # A row of the comparison: the method, its options, the option that sets its size and the most we give it.
 ROWS = {
@@ -44,7 +44,7 @@ ROWS = {
     "mine": ("mine", "", "P", 10**6),
 }
 LEFT_OUT = ("ptuning2-4", "iapt-hidden", "mine")  # unless asked for
-METRICS = {"none": [], "exact": ["exact %"], "bleu": ["BLEU", "ROUGE-L"]}
+METRICS = ("none", "exact", "bleu")
 
 
 def options(parser):
@@ -208,13 +208,17 @@ def write(path, content):
         json.dump(content, f, indent=1)
 
 
-def read(path):
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+def rates_of(path):
+    """Each method's learning rate in another comparison's quality.json."""
+    try:
+        return {row["method"]: row["lr"] for row in read_json(path)["rows"] if row["lr"]}
+    except (KeyError, TypeError):
+        raise ValueError(f"--rates {path} is not the quality.json of a comparison") from None
 
 
-def the_same(path, content, how, key):
+def the_same(path, how, key):
     """A run's file.  Raises ValueError if it is of a run with other options, which must not be taken for this one."""
+    content = read_json(path)
     if content.get(key) != how:
         raise ValueError(f"{path} is of a run with other options: --out names another folder, or remove it")
     return content
@@ -252,7 +256,7 @@ class Quality:
         self.sizes = {name: sized(model.config, name, args.budget) for name in args.methods}
         self.rates = {}
         if args.rates:
-            self.rates = {row["method"]: row["lr"] for row in read(args.rates)["rows"] if row["lr"]}
+            self.rates = rates_of(args.rates)
 
     def argv(self, name, lr, seed):
         method, (options, _) = ROWS[name][0], self.sizes[name]
@@ -267,7 +271,7 @@ class Quality:
         if not os.path.exists(path):
             self.go(train_one, folder, argv, folder)
             self.bar.update()
-        return the_same(path, read(path), argv, "argv")
+        return the_same(path, argv, "argv")
 
     def scored(self, name, lr, seed):
         return self.scores(os.path.join(self.args.out, name, f"lr{lr:.3g}-seed{seed}"), self.argv(name, lr, seed))
@@ -276,7 +280,7 @@ class Quality:
         path, how = os.path.join(folder, "scores.json"), [self.args.metric, self.args.texts, self.args.beams]
         if not os.path.exists(path):
             self.go(score_one, folder, argv, folder, *how)
-        return the_same(path, read(path), [argv, *how], "how")["scores"]
+        return the_same(path, [argv, *how], "how")["scores"]
 
     def go(self, f, folder, *args):
         if self.stopped.is_set():
@@ -307,16 +311,16 @@ class Quality:
         return {
             "method": name, "options": " ".join(self.sizes[name][0]), "trainable": runs[0]["trainable"], "lr": lr,
             "off_budget": runs[0]["trainable"] / self.args.budget - 1, "search": found,
-            "val": spread([r["val"] for r in runs]),
+            "val": mean_and_sd([r["val"] for r in runs]),
             "tokens_per_s": statistics.median(r["tokens_per_s"] for r in runs),
             "peak_mb": max(r["peak_bytes"] for r in runs) / 1e6,
-            "scores": {test: {key: spread([s[test][key] for s in scores]) for key in scores[0][test]}
+            "scores": {test: {key: mean_and_sd([s[test][key] for s in scores]) for key in scores[0][test]}
                        for test in scores[0]},
         }  # fmt: skip
 
     def frozen(self):
         scores = self.scores(os.path.join(self.args.out, "frozen"), self.args.rest)
-        scores = {test: {key: spread([x]) for key, x in s.items()} for test, s in scores.items()}
+        scores = {test: {key: mean_and_sd([x]) for key, x in s.items()} for test, s in scores.items()}
         return {"method": "frozen", "options": "", "trainable": 0, "lr": None, "scores": scores}
 
     def all(self):
@@ -358,7 +362,7 @@ def machine():
     return f"PyTorch {torch.__version__}, {device}"
 
 
-def spread(values):
+def mean_and_sd(values):
     """[mean, standard deviation]; the latter None for a single value."""
     return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
 

@@ -111,16 +111,14 @@ def explain(model, tokenizer, tuner, prompt, color):
 
     Without color the words with a weight of a twentieth or more, and their weights.
     """
-    weights = []
-    hooks = [
-        g.register_forward_pre_hook(lambda g, given: weights.append(g.reads(*given)[1][0])) for g in tuner.generators
-    ]
+    read = []
+    hooks = [g.register_forward_pre_hook(lambda g, given: read.append(g.reads(*given)[1][0])) for g in tuner.generators]
     idx = torch.tensor([prompt], device=model.wte.weight.device)
     model.prefill(idx, torch.tensor([len(prompt)], device=idx.device), tuner)
     for hook in hooks:
         hook.remove()
     words = [tokenizer.decode([i]).replace("\n", "\\n") for i in prompt]
-    for l, layer in enumerate(weights, 1):
+    for l, layer in enumerate(read, 1):
         for p, row in enumerate(layer.tolist(), 1):
             if color:
                 shades = [next((shade for least, shade in SHADES if w >= least), "0") for w in row]
@@ -149,7 +147,7 @@ def main(argv=None):
         model.step = torch.compile(model.step, fullgraph=True)
 
     def ask(instructions):
-        """Lines to print: an answer to each instruction, with --explain below what was read."""
+        """Lines to print: an answer to each instruction, with --explain after what was read for it."""
         inputs = args.input * len(instructions) if len(args.input) == 1 else args.input or [""] * len(instructions)
         rows = [{"instruction": text, "input": given} for text, given in zip(instructions, inputs)]
         how = dict(seed=args.seed, beams=args.beams, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)

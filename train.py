@@ -79,17 +79,9 @@ def parse(argv=None):
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--force", action="store_true", help="start again over the run in --out")
     args = parser.parse_args(argv)
-    least = {
-        "steps": 1,
-        "batch_size": 1,
-        "grad_accum": 1,
-        "save_every": 0,
-        "block_size": 2,
-        "eval_every": 1,
-        "train_rows": 0,
-        "val_rows": 0,
-    }
-    for name, value in {**least, "test_rows": 0, "seed": 0, "weight_decay": 0}.items():
+    least = {"steps": 1, "batch_size": 1, "grad_accum": 1, "save_every": 0, "block_size": 2, "eval_every": 1,
+             "train_rows": 0, "val_rows": 0, "test_rows": 0, "seed": 0, "weight_decay": 0}  # fmt: skip
+    for name, value in least.items():
         given = getattr(args, name)
         if given is not None and given < value:
             parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {given}")

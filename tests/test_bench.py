@@ -11,6 +11,7 @@ from test_train import SMALL, rows  # noqa: F401  (a fixture)
 import bench
 import quality
 import train
+from data import read_json
 from model import Config
 
 CONFIGS = {
@@ -88,13 +89,13 @@ def test_a_run_of_the_comparison_is_the_run_of_train_py(rows, tmp_path):  # noqa
     os.makedirs(tmp_path / "b")
     quality.train_one(argv, str(tmp_path / "b"))
     quality.score_one(argv, str(tmp_path / "b"), "exact", 0, 1)
-    scores = quality.read(tmp_path / "b" / "scores.json")["scores"]
+    scores = read_json(tmp_path / "b" / "scores.json")["scores"]
     for name, (exact, nats) in told["after"].items():
         assert scores[name] == {"nats": nats, "exact %": 100 * exact}
-    assert quality.read(tmp_path / "b" / "trained.json")["trainable"] == 2 * 4 * 256
+    assert read_json(tmp_path / "b" / "trained.json")["trainable"] == 2 * 4 * 256
     os.makedirs(tmp_path / "none")
     quality.score_one(argv, str(tmp_path / "none"), "exact", 0, 1)
-    frozen = quality.read(tmp_path / "none" / "scores.json")["scores"]
+    frozen = read_json(tmp_path / "none" / "scores.json")["scores"]
     assert {name: s["nats"] for name, s in frozen.items()} == {name: nats for name, (_, nats) in told["before"].items()}
 
 
@@ -111,7 +112,7 @@ def test_a_rate_that_diverges_is_a_bad_rate_and_no_failure(rows, tmp_path, monke
         monkeypatch.setattr(train.Decoder, "forward", forward)
         os.makedirs(tmp_path / name)
         quality.train_one(argv, str(tmp_path / name))
-        val = quality.read(tmp_path / name / "trained.json")["val"]
+        val = read_json(tmp_path / name / "trained.json")["val"]
         assert val == 1e9 if after == 0 else 1 < val < 20
         monkeypatch.undo()
 
@@ -154,6 +155,24 @@ def test_a_wrong_option_is_named(argv, says, capsys):
     with pytest.raises(SystemExit) as e:
         bench.main(["quality", *argv])
     assert e.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content, says", [(None, "No such file"), ("{", "not JSON"), ("{}", "not the quality.json")])
+def test_rates_from_a_file_that_has_none_are_refused(tmp_path, content, says):
+    path = tmp_path / "quality.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises((OSError, ValueError), match=says):
+        bench.main(["quality", "--rates", str(path), "--methods", "capt", "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    "argv", [["step", "--rows", "0"], ["serve", "--tenants", "2", "0"], ["rational", "--rounds", "0"]]
+)
+def test_a_size_below_one_is_refused(argv, capsys):
+    with pytest.raises(SystemExit) as e:
+        bench.main(argv)
+    assert e.value.code == 2 and f"{argv[1]} must be at least 1" in capsys.readouterr().err
 
 
 def test_every_method_but_the_example_is_in_the_comparison():
