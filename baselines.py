@@ -26,6 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from cli import UsageError
 from iapt import IAPT, Tuner, mean_pool, split_kv
 from model import Block, Decoder, norm
 
@@ -245,7 +246,7 @@ class LoRA(Hooked):
         names = {name.split(".")[-1]: name for name in linear}
         asked = list(names) if on == "all" else on.split(",")
         if set(asked) - set(names) or len(set(asked)) < len(asked):
-            raise ValueError(f"lora's option on takes some of {','.join(names)}, or all; got {on!r}")
+            raise UsageError(f"lora's option on takes some of {','.join(names)}, or all; got {on!r}")
         self.scale, self.on = alpha / r, [names[site] for site in asked]
         sites = [linear[name] for name in self.on] * config.n_layer
         self.A = nn.ParameterList(torch.empty(r, site.in_features) for site in sites)
@@ -371,24 +372,24 @@ def options(cls, name, given):
         key, _, value = text.partition("=")
         if key not in known:
             have = ", ".join(f"{k}={p.default}" for k, p in known.items()) or "none"
-            raise ValueError(f"{name} has no option {key!r}. It has: {have}")
+            raise UsageError(f"{name} has no option {key!r}. It has: {have}")
         choices = get_args(known[key].annotation)
         kind = type(known[key].default)
         try:
             out[key] = {"0": False, "1": True}[value] if kind is bool else kind(value)
         except (ValueError, KeyError):
-            raise ValueError(
+            raise UsageError(
                 f"{name}'s option {key} takes {'0 or 1' if kind is bool else 'a number'}, got {value!r}"
             ) from None
         if kind is int and out[key] < min(1, known[key].default):
-            raise ValueError(f"{name}'s option {key} must be at least {min(1, known[key].default)}, got {value}")
+            raise UsageError(f"{name}'s option {key} must be at least {min(1, known[key].default)}, got {value}")
         if choices and out[key] not in choices:
-            raise ValueError(f"{name}'s option {key} can be {', '.join(map(str, choices))}; got {value!r}")
+            raise UsageError(f"{name}'s option {key} can be {', '.join(map(str, choices))}; got {value!r}")
     return out
 
 
 def build(name, config, given=()):
     """A method's tuner by its name, with options as on the command line."""
     if name not in METHODS:
-        raise ValueError(f"no method {name!r}. There are: {', '.join(METHODS)}")
+        raise UsageError(f"no method {name!r}. There are: {', '.join(METHODS)}")
     return METHODS[name](config, **options(METHODS[name], name, given))

@@ -12,7 +12,6 @@ in the same round.  Machines change from second to second; such ratios hardly do
 installed they are among the rivals.
 """
 
-import argparse
 import os
 import statistics
 import time
@@ -26,7 +25,8 @@ from tqdm import tqdm
 import iapt
 import quality
 from baselines import build
-from data import replacing, run
+from cli import Parser, run
+from data import replacing
 from iapt import Rational, RationalFunction, Tuner
 from model import Config, Decoder, generate
 from quality import machine, write
@@ -72,7 +72,6 @@ def report(args, name, rows, notes=()):
         f"Ratios of times: median (quartiles) of {args.rounds} rounds. {machine()}, {args.threads} threads.",
     ]
     print("\n".join(lines))
-    os.makedirs(args.out, exist_ok=True)
     write(os.path.join(args.out, f"{name}.json"), {"machine": machine(), "threads": args.threads, "rows": rows})
     with replacing(os.path.join(args.out, f"{name}.md")) as f:
         f.write("\n".join(lines) + "\n")
@@ -390,14 +389,13 @@ def against_peft(name, model, args):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    how = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    compare = commands.add_parser("quality", help="every method at equal budget", description=quality.__doc__, **how)
+    compare = commands.add_parser("quality", help="every method at equal budget", description=quality.__doc__)
     quality.options(compare)
     timed = {}
     for name, says in (("rational", "the activation"), ("step", "a training step"), ("serve", "many tenants")):
-        timed[name] = commands.add_parser(name, help=says, allow_abbrev=False)
+        timed[name] = commands.add_parser(name, help=says)
         add, or_ = timed[name].add_argument, "(default: %(default)s)"
         add("--rounds", type=int, default=15, help=f"rounds of timing {or_}")
         add("--device", default="auto", help=f"auto, cpu, cuda, ... {or_}")
@@ -434,6 +432,7 @@ def main(argv=None):
         return quality.main(args)
     args.device, args.dtype, _ = pick_device(args.device, args.dtype)
     args.threads = torch.get_num_threads()
+    os.makedirs(args.out, exist_ok=True)  # what cannot be written fails before the work
     return {"rational": rational, "step": step, "serve": serve}[args.command](args)
 
 

@@ -9,6 +9,7 @@ A map: ROWS, the methods; `sized`; one run (`train_one`, `score_one`); `Quality`
 """
 
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -32,7 +33,8 @@ ROWS = {
     "iapt-hidden": ("iapt", "space=hidden", "m", 10**6),
     "ptuning2": ("ptuning2", "", "P", 10**6),
     "static": ("static", "", "P", 10**6),
-    "ptuning2-4": ("ptuning2", "P=4", None, 0),  # IAPT's static part alone
+    "ptuning2-4": ("ptuning2", "P=4", None, 0),  # IAPT's static part alone ...
+    "static-4": ("static", "P=4", None, 0),  # ... and that of iapt-hidden
     "prefix": ("prefix", "P=10", "hidden", 10**6),
     "prefix-512": ("prefix", "P=10", None, 0),  # the paper's MLP, which goes after training, whatever it costs
     "prompt": ("prompt", "", "P", 40),  # each is one more position in every layer
@@ -43,7 +45,7 @@ ROWS = {
     "full": ("full", "", None, 0),
     "mine": ("mine", "", "P", 10**6),
 }
-LEFT_OUT = ("ptuning2-4", "iapt-hidden", "mine")  # unless asked for
+LEFT_OUT = ("ptuning2-4", "static-4", "iapt-hidden", "mine")  # unless asked for
 METRICS = ("none", "exact", "bleu")
 
 
@@ -75,6 +77,8 @@ def check(args, parser):
     for name in ("budget", "seeds", "beams", "jobs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.texts < 0 or args.lr is not None and not 0 < args.lr < math.inf:
+        parser.error(f"--texts must be at least 0 and --lr above 0, got {args.texts} and {args.lr}")
     given, left = train.parse([*args.rest, "--out", args.out]), train.parse(["--out", args.out])
     for own in ("method", "o", "seed", "resume", "force"):
         if getattr(given, own) != getattr(left, own):

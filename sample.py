@@ -9,7 +9,6 @@ python sample.py out/iapt "the past of go ?" --explain                          
 python sample.py --tenant out/iapt "the past of go ?" --tenant out/lora "the plural of mouse ?"     # one batch
 """
 
-import argparse
 import os
 import sys
 
@@ -18,14 +17,15 @@ import torch
 import weights
 from baselines import build
 from checkpoint import fill, load_tuner
-from data import run, template
+from cli import Parser, UsageError, run
+from data import template
 from iapt import IAPT
 from tenants import Tenants
 from train import answer, open_model, pick_device
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("checkpoint", nargs="?", help="best.pt of a run, or the run's folder")
     add(
@@ -140,7 +140,7 @@ def main(argv=None):
         who = [paths.index(path) for path, *prompts in tenants for _ in prompts]
         tuner = Tenants(tuners, who).to(device)
     if args.explain and not isinstance(tuner, IAPT):
-        raise ValueError("--explain shows what IAPT's soft tokens read: it wants a checkpoint of iapt")
+        raise UsageError("--explain shows what IAPT's soft tokens read: it wants a checkpoint of iapt")
     if tuner is not None:
         tuner.attach(model)
     if args.compile:

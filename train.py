@@ -11,7 +11,6 @@ A map: `parse`, the command line; `open_model`; `evaluate`; `train`, the loop; `
 `main`, which scores before and after.
 """
 
-import argparse
 import json
 import math
 import os
@@ -20,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+from argparse import BooleanOptionalAction
 from types import SimpleNamespace
 
 import torch
@@ -31,7 +31,8 @@ import parallel
 import weights
 from baselines import METHODS, build, options
 from checkpoint import FILES, claim, fill, keep_lines, load_tuner, replace_by_link, resumable, save_tuner
-from data import Batches, Tokenizer, collate, encode, load, prepare, run, shorten, split, template
+from cli import Parser, UsageError, run
+from data import Batches, Tokenizer, collate, encode, load, prepare, shorten, split, template
 from model import Config, Decoder, generate
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -43,8 +44,7 @@ DEFINE = (
 
 
 def parse(argv=None):
-    how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = argparse.ArgumentParser(description=__doc__, **how)
+    parser = Parser(description=__doc__)
     add, or_ = parser.add_argument, "(default: %(default)s)"
     add("--init", default="tiny", help=f"the frozen model: tiny, scratch, a folder, gpt2, OWNER/NAME of the hub {or_}")
     add("--data", default="tiny", help=f"tiny, a folder with train.jsonl, or a .jsonl, .json or .csv file {or_}")
@@ -73,7 +73,7 @@ def parse(argv=None):
     add("--device", default="auto", help=f"auto, cpu, cuda, cuda:1, ... {or_}")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help=f"of the frozen weights {or_}")
     add("--seed", type=int, default=0, help=or_)
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
+    add("--compile", action=BooleanOptionalAction, default=False, help="torch.compile the model")
     add("--shard", action="store_true", help="under torchrun: spread the frozen weights over the processes")
     add("--checkpoint", action="store_true", help="compute activations again for the backward pass: less memory")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -109,9 +109,9 @@ def pick_device(device="auto", dtype="auto"):
     try:
         torch.device(device)
     except RuntimeError:
-        raise ValueError(f"--device {device}: there is no such device. Take cpu, cuda, cuda:1, ...") from None
+        raise UsageError(f"--device {device}: there is no such device. Take cpu, cuda, cuda:1, ...") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this PyTorch sees no CUDA device. Leave the option out to use the CPU")
+        raise UsageError(f"--device {device}: this PyTorch sees no CUDA device. Leave the option out to use the CPU")
     if dtype != "auto":
         return device, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], "as asked"
     if device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0):
@@ -124,7 +124,10 @@ def open_model(init, given=(), device="cpu", dtype=torch.float32):
     if init == "scratch":
         tokenizer = Tokenizer.load(TINY)
         defaults = {"arch": "llama", "block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 128}
-        model = Decoder(Config(tokenizer.vocab_size, **{**defaults, **options(Config, "the model", given)}))
+        try:
+            model = Decoder(Config(tokenizer.vocab_size, **{**defaults, **options(Config, "the model", given)}))
+        except ValueError as e:  # sizes that do not fit each other
+            raise UsageError(str(e)) from None
     else:
         folder = TINY if init == "tiny" else hub.find(init)
         model, tokenizer = weights.load(folder, dtype, device), Tokenizer.load(folder)
@@ -354,7 +357,7 @@ def begin(args):
     device = parallel.join(device)
     scratch = args.init == "scratch"
     if scratch and args.method != "full":
-        raise ValueError(f"--init scratch has nothing frozen yet for {args.method} to tune: add --method full")
+        raise UsageError(f"--init scratch has nothing frozen yet for {args.method} to tune: add --method full")
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise FileExistsError(f"--out {args.out} is a file, and not a folder")
     files = [os.path.join(args.out, name) for name in FILES]
@@ -387,7 +390,7 @@ def begin(args):
     tuner = build(args.method, model.config, [] if scratch else args.o).to(device)
     tuner.start(model)
     if args.bilevel and not tuner.upper():
-        raise ValueError(f"--bilevel: {args.method} with these options has no learned activation")
+        raise UsageError(f"--bilevel: {args.method} with these options has no learned activation")
     args.lr = tuner.lr if args.lr is None else args.lr
     meta = {name: getattr(args, name) for name in DEFINE}
     meta.update(options=args.o, base=weights.fingerprint(model), block_size=block_size, dtype=str(dtype))

@@ -49,24 +49,6 @@ def replacing(path, mode="w"):
             os.remove(tmp)
 
 
-def run(main):
-    """Run a script's main: what a user can mend is one line and exit status 1; --debug shows the traceback, too."""
-    debug = "--debug" in sys.argv
-    if debug:
-        sys.argv.remove("--debug")
-    try:
-        main()
-    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as e:
-        memory = isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
-        if debug or (isinstance(e, RuntimeError) and not memory):
-            raise
-        if memory:
-            peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0
-            peak = f", {peak:.1f} GB at the peak" if peak else ""
-            e = f"out of memory{peak}. Try a smaller --batch-size, --grad-accum, --block-size or --checkpoint"
-        sys.exit(f"error: {e}")
-
-
 # -- Tokens ------------------------------------------------------------------------------------------------------------
 
 # How text is cut into pieces, within which bytes are merged.  Whatever a pattern meets, some branch of it matches.

@@ -18,7 +18,6 @@ tuning has to bring, and four tests say how well it did:
     test_phrasings.jsonl      ways of asking that no training row uses; the corpus uses their words
 """
 
-import argparse
 import json
 import os
 import random
@@ -28,7 +27,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # Run as a script, this file's own folder is on the path, and not the project's.
 sys.path.insert(0, os.path.dirname(HERE))
 
-from data import pieces, read_json, replacing, run, template  # noqa: E402
+from cli import Parser, run  # noqa: E402
+from data import pieces, read_json, replacing, template  # noqa: E402
 
 # -- The world ---------------------------------------------------------------------------------------------------------
 # A task is a few noun phrases ("cores") about some {x}.  Each makes statements, "CORE is Y .", and, with the openers
@@ -312,7 +312,7 @@ def tiny(folder, corpus=40_000):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("dataset", choices=["tiny"], help="what to make")
     parser.add_argument(
         "--out", default=None, help="folder to write to (default: the data set's own, beside this file)"

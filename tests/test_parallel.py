@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_resume import log
-from test_train import SMALL, cli, rows, tensors  # noqa: F401  (rows is a fixture)
+from test_train import SMALL, rows, run_in, tensors  # noqa: F401  (rows is a fixture)
 
 import parallel
 import train
@@ -115,6 +115,6 @@ def test_torchrun_prints_once_and_stops_all_processes_together(rows, tmp_path): 
 
 
 def test_what_cannot_be_shared_is_said(rows, monkeypatch):  # noqa: F811
-    assert cli(train, "--shard")[1].count("--shard is for torchrun") == 1
+    assert run_in(train, "--shard")[1].count("--shard is for torchrun") == 1
     monkeypatch.setattr(parallel, "SIZE", 3)
-    assert cli(train, "--batch-size", "8")[1].count("--batch-size 8 cannot be shared by 3 processes") == 1
+    assert run_in(train, "--batch-size", "8")[1].count("--batch-size 8 cannot be shared by 3 processes") == 1

@@ -17,7 +17,7 @@ from test_train import SMALL, rows, tensors  # noqa: F401  (rows is a fixture)
 
 import train
 from checkpoint import load_tuner
-from data import run
+from cli import run
 
 LONGER = [*SMALL, "--steps", "40", "--eval-every", "20", "--save-every", "3", "--val-rows", "8"]
 KILLS = int(os.environ.get("IAPT_KILLS", 20))

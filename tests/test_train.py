@@ -15,11 +15,13 @@ import pytest
 import torch
 from conftest import ROOT, shared
 
+import bench
+import cli
 import sample
 import train
 from baselines import METHODS
 from checkpoint import load_tuner
-from data import encode, load, prepare, run
+from data import encode, load, prepare
 from model import generate
 
 SMALL = "--steps 6 --eval-every 3 --batch-size 8 --val-rows 16 --test-rows 8 --device cpu".split()
@@ -78,9 +80,9 @@ def test_tenants_on_the_command_line_answer_as_each_does_alone(rows, trained, tm
     other = str(tmp_path / "lora")
     train.main([*SMALL, "--steps", "30", "--data", rows, "--out", other, "--method", "lora", "--lr", "2e-2"])
     asked = ["the plural of mouse ?", "what is the capital of peru ?"]
-    _, a = cli(sample, trained, asked[0], "--device", "cpu")
-    _, b = cli(sample, other, *asked, "--device", "cpu")
-    _, both = cli(sample, "--tenant", other, *asked, "--tenant", trained, asked[0], "--device", "cpu")
+    _, a = run_in(sample, trained, asked[0], "--device", "cpu")
+    _, b = run_in(sample, other, *asked, "--device", "cpu")
+    _, both = run_in(sample, "--tenant", other, *asked, "--tenant", trained, asked[0], "--device", "cpu")
     assert both == b + a and a != b.splitlines()[0]
 
 
@@ -192,70 +194,96 @@ def test_e2e_runs_on_the_real_model(tmp_path):
     assert result["after"]["test"][1] < result["before"]["test"][1]
 
 
-def cli(script, *args):
+def run_in(script, *args):
     """Exit status and output of a command, run in this process."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
-            run(lambda: script.main([*args]))
+            cli.run(lambda: script.main([*args]))
             status = 0
         except SystemExit as e:
             status = e.code if isinstance(e.code, int) else 1
-            print("" if isinstance(e.code, int) else e.code)
+            if not isinstance(e.code, int):
+                print(e.code)
     return status, out.getvalue()
 
 
 @pytest.mark.parametrize(
-    "script, args, says",
+    "status, script, args, says",
     [
-        (train, ["--method", "foo"], "no method 'foo'. There are: iapt, static"),
-        (train, ["-o", "p=4"], "iapt has no option 'p'. It has: P=4, m=0, share=1"),
-        (train, ["-o", "P=four"], "option P takes a number, got 'four'"),
-        (train, ["-o", "P=0"], "option P must be at least 1, got 0"),
-        (train, ["-o", "space=air"], "space can be kv, hidden; got 'air'"),
-        (train, ["-o", "static=maybe"], "static takes 0 or 1, got 'maybe'"),
-        (train, ["--init", "nowhere"], "no model at nowhere"),
-        (train, ["--data", "nowhere"], "no data at nowhere"),
-        (train, ["--init", "tests"], "no tests/config.json"),
-        (train, ["--block-size", "8"], "the model takes 8"),
-        (train, ["--resume", "--out", "nowhere"], "there is no run at nowhere"),
-        (train, ["--steps", "0"], "--steps must be at least 1, got 0"),
-        (train, ["--resume", "--force"], "give one of them"),
-        (train, ["--lr", "-1"], "--lr must be above 0, got -1.0"),
-        (train, ["--val-rows", "-1"], "--val-rows must be at least 0, got -1"),
-        (train, ["--device", "foo"], "--device foo: there is no such device"),
-        (train, ["--out", "README.md"], "--out README.md is a file"),
-        (train, ["--method", "lora", "-o", "r=0"], "lora's option r must be at least 1, got 0"),
-        (train, ["--method", "lora", "-o", "on=q,w"], "takes some of q,k,v,o,gate,up,down, or all; got 'q,w'"),
-        (train, ["-o", "m=-1"], "iapt's option m must be at least 0, got -1"),
-        (train, ["--bilevel", "--method", "lora"], "--bilevel: lora with these options has no learned activation"),
-        (sample, ["x.pt", "x", "--beams", "2", "--temperature", "1"], "goes without --temperature"),
-        (train, ["--init", "scratch"], "add --method full"),
-        (train, ["--init", "scratch", "--method", "full", "-o", "n_head=3"], "n_embd"),
-        (sample, ["nowhere.pt", "x"], "no checkpoint at nowhere.pt. Run: python train.py"),
-        (sample, ["README.md", "x"], "README.md is not a checkpoint"),
-        (sample, [], "give a checkpoint, or several with --tenant"),
-        (sample, ["x.pt", "x", "--explain"], "no checkpoint at x.pt"),
-        (sample, ["--tenant", "x.pt"], "--tenant wants a checkpoint and at least one instruction"),
+        (2, train, ["--method", "foo"], "no method 'foo'. There are: iapt, static"),
+        (2, train, ["-o", "p=4"], "iapt has no option 'p'. It has: P=4, m=0, share=1"),
+        (2, train, ["-o", "P=four"], "option P takes a number, got 'four'"),
+        (2, train, ["-o", "P=0"], "option P must be at least 1, got 0"),
+        (2, train, ["-o", "space=air"], "space can be kv, hidden; got 'air'"),
+        (2, train, ["-o", "static=maybe"], "static takes 0 or 1, got 'maybe'"),
+        (1, train, ["--init", "nowhere"], "no model at nowhere"),
+        (1, train, ["--data", "nowhere"], "no data at nowhere"),
+        (1, train, ["--init", "tests"], "no tests/config.json"),
+        (1, train, ["--block-size", "8"], "the model takes 8"),
+        (1, train, ["--resume", "--out", "nowhere"], "there is no run at nowhere"),
+        (2, train, ["--steps", "0"], "--steps must be at least 1, got 0"),
+        (2, train, ["--resume", "--force"], "give one of them"),
+        (2, train, ["--lr", "-1"], "--lr must be above 0, got -1.0"),
+        (2, train, ["--val-rows", "-1"], "--val-rows must be at least 0, got -1"),
+        (2, train, ["--device", "foo"], "--device foo: there is no such device"),
+        (1, train, ["--out", "README.md"], "--out README.md is a file"),
+        (2, train, ["--method", "lora", "-o", "r=0"], "lora's option r must be at least 1, got 0"),
+        (2, train, ["--method", "lora", "-o", "on=q,w"], "takes some of q,k,v,o,gate,up,down, or all; got 'q,w'"),
+        (2, train, ["-o", "m=-1"], "iapt's option m must be at least 0, got -1"),
+        (2, train, ["--bilevel", "--method", "lora"], "--bilevel: lora with these options has no learned activation"),
+        (2, sample, ["x.pt", "x", "--beams", "2", "--temperature", "1"], "goes without --temperature"),
+        (2, train, ["--init", "scratch"], "add --method full"),
+        (2, train, ["--init", "scratch", "--method", "full", "-o", "n_head=3"], "n_embd"),
+        (1, sample, ["nowhere.pt", "x"], "no checkpoint at nowhere.pt. Run: python train.py"),
+        (1, sample, ["README.md", "x"], "README.md is not a checkpoint"),
+        (2, sample, [], "give a checkpoint, or several with --tenant"),
+        (1, sample, ["x.pt", "x", "--explain"], "no checkpoint at x.pt"),
+        (2, sample, ["--tenant", "x.pt"], "--tenant wants a checkpoint and at least one instruction"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(script, args, says, tmp_path):
+def test_what_a_user_can_mend_is_one_line_and_status_2_if_it_is_the_command(status, script, args, says, tmp_path):
     out = [] if script is sample or "--out" in args else ["--out", str(tmp_path / "x")]
-    status, text = cli(script, *(SMALL if script is train else []), *out, *args)
-    assert status in (1, 2) and says in text and "Traceback" not in text
-    assert text.strip().splitlines()[-1].count("error: ") == 1
+    exited, text = run_in(script, *(SMALL if script is train else []), *out, *args)
+    assert exited == status and says in text and "Traceback" not in text
+    assert text.count("error: ") == 1 and text.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "x").exists()  # nothing half-written
 
 
-def test_a_command_that_fails_prints_one_line_and_exits_with_1():
+@pytest.mark.parametrize("script", [train, sample, bench, prepare], ids=lambda script: script.__name__)
+def test_every_flag_refuses_nonsense_in_one_line(script, tmp_path, monkeypatch):
+    flags = []
+
+    def note(parser, *names, _add=cli.Parser.add_argument, **how):
+        if names[0].startswith("-") and how.get("action", "append") in ("append", "extend"):
+            flags.append((parser.prog.split()[1:], names[-1], how))
+        return _add(parser, *names, **how)
+
+    monkeypatch.setattr(cli.Parser, "add_argument", note)
+    run_in(script, "--help")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    needed = {sample: ["file", "a question"], prepare: ["file"]}.get(script, [])
+    assert flags
+    for command, flag, how in flags:
+        number = how.get("type") in (int, float) or "choices" in how
+        for value in ("", "x", "nan", "-1") if number else ("file/below", "nonsense\0"):
+            small = SMALL if script is train else []
+            status, text = run_in(script, *command, *needed, *small, flag, value)
+            assert status in (1, 2), (command, flag, value, text)
+            assert text.count("error: ") == 1 and "Traceback" not in text, (command, flag, value, text)
+
+
+def test_a_command_that_is_wrong_prints_one_line_and_exits_with_2():
     command = [sys.executable, os.path.join(ROOT, "train.py"), "--method", "foo", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"error: no method 'foo'. There are: {', '.join(METHODS)}\n"
 
 
 def test_an_over_long_question_is_one_line(trained):
-    status, text = cli(sample, trained, "word " * 300, "--device", "cpu")
+    status, text = run_in(sample, trained, "word " * 300, "--device", "cpu")
     assert status == 1 and "this model has room for 256" in text and "Traceback" not in text
 
 
@@ -271,7 +299,7 @@ def test_a_truncated_checkpoint_is_one_line(trained, tmp_path):
     with open(os.path.join(trained, "best.pt"), "rb") as f:
         whole = f.read()
     (tmp_path / "best.pt").write_bytes(whole[: len(whole) // 2])
-    status, text = cli(sample, str(tmp_path), "x", "--device", "cpu")
+    status, text = run_in(sample, str(tmp_path), "x", "--device", "cpu")
     assert status == 1 and "is not a checkpoint of train.py, or was cut off" in text and "Traceback" not in text
 
 
