@@ -19,6 +19,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -140,10 +142,26 @@ def request(path, repo, start=0):
         raise
 
 
-def fetch(repo, commit, file, folder):
-    """One file of a snapshot: (resumed,) downloaded, checked, moved into place.  Two processes take turns."""
-    name, size = file["rfilename"], file["size"]
-    path = os.path.join(folder, *name.split("/"))
+def fetch(repo: str, commit: str, file: dict, folder: str):
+    """One file of a snapshot, as the hub lists it: its size, and its hash, sha256 if it is large, git's sha1 if not."""
+    name, size, sha256 = file["rfilename"], file["size"], (file.get("lfs") or {}).get("sha256")
+    url = f"{repo}/resolve/{commit}/{urllib.parse.quote(name)}"
+
+    def whole(path):
+        if os.path.getsize(path) != size:
+            return False
+        return digest(path, b"" if sha256 else b"blob %d\0" % size) == (sha256 or file.get("blobId"))
+
+    path, full = os.path.join(folder, *name.split("/")), f"{name} of {repo} from {endpoint()}"
+    bring(path, lambda start: request(url, repo, start), whole, full, size)
+
+
+def bring(path: str, ask: Callable, whole: Callable, name: str, size: int | None = None):
+    """Download a file to `path`, unless it is there; two processes take turns.
+
+    ask(start) opens it from a byte on, whole(path) says whether what came is right.  What has come stays beside `path`
+    until all is there, and is where the next attempt goes on.  Raises OSError or ValueError, in one line.
+    """
     part = f"{path}.part"
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if os.path.exists(path):
@@ -156,53 +174,56 @@ def fetch(repo, commit, file, folder):
                 os.remove(part)
             return
         try:
-            receive(repo, f"{repo}/resolve/{commit}/{urllib.parse.quote(name)}", f, size, name)
+            receive(ask, f, size, name)
         except OSError as e:
             if e.errno == errno.ENOSPC:
-                raise OSError(
-                    f"no space for {path}: {size / 1e6:,.0f} MB wanted, {f.tell() / 1e6:,.0f} MB there"
-                ) from None
+                wanted = f"{size / 1e6:,.0f} MB wanted, " if size else ""
+                raise OSError(f"no space for {path}: {wanted}{f.tell() / 1e6:,.0f} MB there") from None
             raise
-        if f.tell() != size or digest(part, file) != (file.get("lfs") or {}).get("sha256", file.get("blobId")):
+        if not whole(part):
             os.remove(part)
-            raise ValueError(f"{name} of {repo} arrived broken: its hash is not the hub's. It was deleted; try again")
+            raise ValueError(f"{name} arrived broken: its hash is not the right one. It was deleted; try again")
         os.replace(part, path)
 
 
-def receive(repo, url, f, size, name):
-    """Append to f what is missing of `size` bytes, going on after breaks; gives up after TRIES without a byte."""
+def receive(ask: Callable, f: BinaryIO, size: int | None, name: str):
+    """Append to f what is missing of `size` bytes (None: as the server says).
+
+    Goes on after breaks, and gives up after TRIES of them without a byte.
+    """
     failed = 0
-    with tqdm(total=size, initial=f.tell(), unit="B", unit_scale=True, desc=name, dynamic_ncols=True) as bar:
-        while f.tell() < size:
+    with tqdm(total=size, initial=f.tell(), unit="B", unit_scale=True, desc=name.split()[0], dynamic_ncols=True) as bar:
+        while size is None or f.tell() < size:
             before = f.tell()
             try:
-                with request(url, repo, start=before) as answer:
+                with ask(before) as answer:
                     if before and answer.status != 206:  # a server that cannot resume starts again
                         f.seek(f.truncate(0))
                         bar.reset()
                         before = 0
+                    bar.total = size = size or before + int(answer.headers["Content-Length"])
                     while chunk := answer.read1(min(1 << 20, size - f.tell())):
                         f.write(chunk)
                         bar.update(len(chunk))
             except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
+                if isinstance(e, urllib.error.HTTPError) and e.code == 416:  # nothing is left to send
+                    return
                 if isinstance(e, urllib.error.HTTPError) and e.code < 500 and e.code != 429:
-                    raise OSError(f"{endpoint()} answered {e.code} for {name} of {repo}") from None
+                    raise OSError(f"no {name}: the server answered {e.code}") from None
                 cause = getattr(e, "reason", None) or e
             else:
                 cause = "it closed the connection"
             f.flush()
             failed = 0 if f.tell() > before else failed + 1
             if failed >= TRIES:
-                raise ConnectionError(
-                    f"no {name} of {repo} from {endpoint()}: {cause}. Try again: it will go on from here"
-                )
-            if f.tell() < size:
+                raise ConnectionError(f"no {name}: {cause}. Try again: it will go on from here")
+            if size is None or f.tell() < size:
                 time.sleep(PAUSE * failed)
 
 
-def digest(path, file):
-    """The hash that the hub gives: sha256 of large files, git's sha1 of others."""
-    h = hashlib.sha256() if file.get("lfs") else hashlib.sha1(b"blob %d\0" % os.path.getsize(path))
+def digest(path: str, start: bytes = b"") -> str:
+    """The sha256 of a file; of git's kind, sha1, if something stands before its bytes."""
+    h = hashlib.sha1(start) if start else hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(1 << 20):
             h.update(chunk)

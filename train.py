@@ -24,6 +24,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 import hub
@@ -32,7 +33,8 @@ import weights
 from baselines import METHODS, build, options
 from checkpoint import FILES, claim, fill, keep_lines, load_tuner, replace_by_link, resumable, save_tuner
 from cli import Parser, UsageError, run
-from data import Batches, Tokenizer, collate, encode, load, prepare, shorten, split, template
+from data import Batches, Tokenizer, collate, encode, label_words, load, shorten, split, template, world
+from iapt import Tuner
 from model import Config, Decoder, generate
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -142,28 +144,44 @@ def open_model(init, given=(), device="cpu", dtype=torch.float32):
 
 
 @torch.no_grad()
-def evaluate(model, examples, tuner=None, size=64):
+def rate(model: Decoder, examples: list, tuner: Tuner | None = None, size: int = 64) -> tuple[Tensor, Tensor]:
+    """Of each example, the nats of its whole response, and how many of its tokens are not the likeliest: (N,), (N,)."""
+    if tuner is not None:
+        tuner.eval()
+    nats, wrong = torch.zeros(len(examples), dtype=torch.double), torch.zeros(len(examples), dtype=torch.long)
+    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i])))
+    for rows in (torch.tensor(order[i : i + size]) for i in range(0, len(order), size)):
+        batch = [examples[i] for i in rows]
+        idx, targets, instr = collate(batch, model.config.block_size, model.wte.weight.device)
+        there = targets >= 0
+        parts = (x.split(1024) for x in (model.hidden(idx, instr, tuner)[there], targets[there], there.nonzero()[:, 0]))
+        for x, target, row in zip(*parts):  # never all logits at once: they can be larger than all the rest
+            logits, row = model.head(x).float(), rows[row.cpu()]
+            nats.index_add_(0, row, F.cross_entropy(logits, target, reduction="none").double().cpu())
+            wrong.index_add_(0, row, (logits.argmax(-1) != target).long().cpu())
+    return nats, wrong
+
+
+def evaluate(model: Decoder, examples: list, tuner: Tuner | None = None) -> tuple[float, float]:
     """(exact match, nats per response token) over examples.
 
     Exact match is the share of rows of which greedy decoding would reproduce every token, the end included.  That
     needs no decoding: it is so exactly if each token of the response is the likeliest one after those before it.
     """
-    if tuner is not None:
-        tuner.eval()
-    nats, tokens, exact = 0.0, 0, 0
-    order = sorted(examples, key=lambda e: len(e[0]) + len(e[1]))
-    for i in range(0, len(order), size):
-        idx, targets, instr = collate(order[i : i + size], model.config.block_size, model.wte.weight.device)
-        there = targets >= 0
-        wrong = torch.zeros(len(idx), dtype=torch.long, device=idx.device)
-        parts = (x.split(1024) for x in (model.hidden(idx, instr, tuner)[there], targets[there], there.nonzero()[:, 0]))
-        for x, target, row in zip(*parts):  # never all logits at once: they can be larger than all the rest
-            logits = model.head(x).float()
-            nats += F.cross_entropy(logits, target, reduction="sum").item()
-            wrong.index_add_(0, row, (logits.argmax(-1) != target).long())
-        tokens += there.sum().item()
-        exact += (wrong == 0).sum().item()
-    return exact / len(examples), nats / tokens
+    nats, wrong = rate(model, examples, tuner)
+    return (wrong == 0).double().mean().item(), nats.sum().item() / sum(len(response) for _, response in examples)
+
+
+def accuracy(session: SimpleNamespace, name: str, tuner: Tuner | None = None, most: int = 0) -> float:
+    """Share of rows of a split to which the model gives the right one of the label words (session.labels).
+
+    That is the likeliest of them as a whole response, its end included.
+    """
+    rows = spread(session.rows[name], most)
+    tried = [{**row, "output": label} for row in rows for label in session.labels]
+    examples = encode(tried, session.tokenizer, session.meta["block_size"], session.meta["truncate"])
+    best = rate(session.model, examples, tuner)[0].view(len(rows), -1).argmin(1).tolist()
+    return sum(session.labels[i] == row["output"].strip() for i, row in zip(best, rows)) / len(rows)
 
 
 def answer(model, tokenizer, rows, tuner=None, max_new=0, truncate=False, **how):
@@ -326,12 +344,12 @@ def spread(rows, n):
     return rows if not n or n >= len(rows) else [rows[i * len(rows) // n] for i in range(n)]
 
 
-def table(before, after, method, sizes):
+def table(before, after, method, sizes, first="exact match"):
     """Scores of the test sets as lines of text: exact match where answers are short enough for it to mean something."""
     short = any(exact for exact, _ in (*before.values(), *after.values()))
     width = max(map(len, before))
     yield f"{'':{width}}  {'rows':>6}  {'frozen alone':>20}  {'with ' + method:>20}"
-    yield f"{'':{width}}  {'':>6}" + f"  {'exact match' if short else '':>11}{'nats/token':>11}" * 2
+    yield f"{'':{width}}  {'':>6}" + f"  {first if short else '':>11}{'nats/token':>11}" * 2
     for name in before:
         cells = [f"{exact:11.1%}" if short else " " * 11 for exact, _ in (before[name], after[name])]
         yield f"{name:{width}}  {sizes[name]:6,}  {cells[0]}{before[name][1]:11.3f}  {cells[1]}{after[name][1]:11.3f}"
@@ -350,7 +368,8 @@ def begin(args):
     """Open what a run needs, and check it.
 
     Returns a namespace: model, tokenizer, tuner (not attached yet), rows and examples (by split), tests (names of
-    splits), meta (what a checkpoint says of the run), why (the weights have their dtype).  Sets args.lr where it was
+    splits), labels (the words of classes, if the rows are of some), meta (what a checkpoint says of the run), why (the
+    weights have their dtype).  Sets args.lr where it was
     left to the method.
     """
     device, dtype, why = pick_device(args.device, args.dtype)
@@ -372,7 +391,7 @@ def begin(args):
     if where == TINY and not os.path.exists(os.path.join(TINY, "train.jsonl")):
         print("making the data set tiny, once (python data/prepare.py tiny)")
         if parallel.RANK == 0:
-            prepare.tiny(TINY)
+            world.tiny(TINY)
         parallel.wait()
     model, tokenizer = open_model(args.init, args.o, "cpu" if args.shard else device, dtype)
     block_size = min(args.block_size or model.config.block_size, model.config.block_size)
@@ -399,8 +418,9 @@ def begin(args):
         model.to(device)
     tests = [name for name in rows if name.startswith("test")]
     return SimpleNamespace(
-        model=model, tokenizer=tokenizer, tuner=tuner, rows=rows, examples=examples, tests=tests, meta=meta, why=why
-    )
+        model=model, tokenizer=tokenizer, tuner=tuner, rows=rows, examples=examples, tests=tests,
+        labels=label_words(rows["train"]), meta=meta, why=why,
+    )  # fmt: skip
 
 
 def main(argv=None):
@@ -415,7 +435,14 @@ def main(argv=None):
 
     # Before: the frozen model alone.
     shown = [row for name in tests for row in spread(rows[name], 2)][:6]
-    before = {name: evaluate(model, examples[name]) for name in tests}
+
+    def score(tuner=None):
+        scores = {name: evaluate(model, examples[name], tuner) for name in tests}
+        if session.labels:
+            scores = {name: (accuracy(session, name, tuner), nats) for name, (_, nats) in scores.items()}
+        return scores
+
+    before = score()
     texts = [answer(model, tokenizer, shown, truncate=args.truncate)]
 
     tuner.attach(model)
@@ -432,10 +459,10 @@ def main(argv=None):
     # After.
     path = os.path.join(args.out, "best.pt")
     fill(tuner, best, path)
-    after = {name: evaluate(model, examples[name], tuner) for name in tests}
+    after = score(tuner)
     texts.append(answer(model, tokenizer, shown, tuner, truncate=args.truncate))
-    size = os.path.getsize(path) / 1000
-    print("\n" + "\n".join(table(before, after, args.method, {name: len(rows[name]) for name in tests})))
+    size, first = os.path.getsize(path) / 1000, "accuracy" if session.labels else "exact match"
+    print("\n" + "\n".join(table(before, after, args.method, {name: len(rows[name]) for name in tests}, first)))
     print("\n" + "\n".join(examples_before_and_after(shown, *texts, args.method)))
     print(f"saved {path}: what was trained, nothing frozen (step {best['step']}, {size:,.0f} kB)")
     if args.init == "scratch":

@@ -19,6 +19,7 @@ import os
 import random
 import re
 import sys
+from collections.abc import Callable
 
 import tiktoken
 import torch
@@ -239,8 +240,8 @@ def read_json(path):
         raise ValueError(f"{path} is not JSON ({str(e)[:80]})") from None
 
 
-def read_rows(path, skip_bad=False):
-    """Rows of a .jsonl, .json (a list) or .csv file.  Columns `mr`, `ref` (the E2E data) become input and output.
+def read_rows(path: str, skip_bad: bool = False, reshape: Callable | None = None) -> list[dict]:
+    """Rows of a .jsonl, .json (a list), .csv or .tsv file; reshape makes a row of another shape one of ours.
 
     Raises ValueError with the file and the line for what is not a row; with skip_bad such rows are left out, and
     counted on standard error.
@@ -248,7 +249,7 @@ def read_rows(path, skip_bad=False):
     rows, bad = [], []
     for where, raw in raw_rows(path):
         try:
-            rows.append(as_row(raw))
+            rows.append(as_row(raw, reshape))
         except (ValueError, RecursionError) as e:
             bad.append(f"{path}, {where}: {e}")
             if not skip_bad:
@@ -272,7 +273,8 @@ def raw_rows(path):
         if path.endswith(".json"):
             whole = json.loads(text, object_pairs_hook=once)
             return [(f"row {i}", row) for i, row in enumerate(whole, 1)] if isinstance(whole, list) else []
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        plain = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.endswith(".tsv") else {}
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, **plain)
         return [(f"line {reader.line_num}", row) for row in reader]
     except UnicodeDecodeError as e:
         line = content.count(b"\n", 0, e.start) + 1
@@ -292,9 +294,14 @@ def once(pairs):
     return out
 
 
-def as_row(raw):
-    """A row from its line of JSON or its dict.  Raises ValueError for what is no row, or has nothing to learn."""
+def as_row(raw: bytes | dict, reshape: Callable | None = None) -> dict:
+    """A row from its line of JSON or its dict.  Columns `mr`, `ref` (the E2E data) become input and output.
+
+    Raises ValueError for what is no row, or has nothing to learn.
+    """
     row = json.loads(raw.decode(), object_pairs_hook=once) if isinstance(raw, bytes) else raw
+    if reshape and isinstance(row, dict):
+        row = reshape(row)
     if isinstance(row, dict) and "mr" in row:
         row = {"instruction": "Describe the restaurant.", "input": row["mr"], "output": row.get("ref")}
     if not isinstance(row, dict) or "output" not in row or not ("instruction" in row or "prompt" in row):
@@ -344,21 +351,34 @@ def load(where, skip_bad=False):
         for name in sorted(os.listdir(where)):
             stem, ext = os.path.splitext(name)
             stem = alias.get(stem, stem)
-            if ext in (".jsonl", ".json", ".csv") and (stem in ("train", "val", "test") or stem.startswith("test_")):
+            named = stem in ("train", "val", "test") or stem.startswith("test_")
+            if named and ext in (".jsonl", ".json", ".csv", ".tsv"):
                 found[stem] = read_rows(os.path.join(where, name), skip_bad)
         if "train" not in found:
             raise FileNotFoundError(f"no data in {where}: no train.jsonl, .json or .csv")
     else:
         raise FileNotFoundError(
-            f"no data at {where}: --data takes tiny, a folder with train.jsonl, or a .jsonl, .json or .csv file"
+            f"no data at {where}: --data takes tiny, a folder with train.jsonl, or a .jsonl, .json, .csv or .tsv file"
+            " (python data/prepare.py makes one of alpaca, e2e, gsm8k, boolq, sst2, or of a file of yours)"
         )
+    return complete(found, where)
+
+
+def complete(found: dict, where: str) -> dict:
+    """Splits, with what is missing of train, val and test split off by instruction, a tenth each."""
     if not any(name.startswith("test") for name in found):
         found["train"], found["test"] = split(found["train"])
     if "val" not in found:
         found["train"], found["val"] = split(found["train"])
     if not all(found.values()):
         raise ValueError(f"{where} has too few different instructions to split off a tenth for each of val and test")
-    return found
+    return {name: found[name] for name in sorted(found, key=lambda name: (name.startswith("test"), name))}
+
+
+def label_words(rows: list[dict], most: int = 10) -> list[str]:
+    """The outputs of rows, if they are so few, and so often the same, that they are classes; else none."""
+    words = sorted({row["output"].strip() for row in rows})
+    return words if 2 <= len(words) <= most and len(rows) >= 10 * len(words) else []
 
 
 # -- Batches -----------------------------------------------------------------------------------------------------------

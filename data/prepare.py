@@ -1,326 +1,311 @@
-"""Make the data set `tiny`: a small world of facts and word lists, and instructions about it.
+"""Make a data set that train.py reads: a folder of .jsonl files with rows of instruction, input and output.
 
-    python data/prepare.py tiny            # writes data/tiny/*.jsonl, a few seconds, always the same bytes
+    python data/prepare.py tiny                                 # this project's own small world: data/world.py
+    python data/prepare.py alpaca                               # from its public home; or e2e, gsm8k, boolq, sst2
+    python data/prepare.py alpaca --file alpaca_data.json       # from a file you have
+    python data/prepare.py my.csv --map instruction=question,output=answer
+    python data/prepare.py my.tsv --map "instruction=Is this good or bad ?" input={title}:{text} output=stars \\
+        --labels 0=bad,1=good
+    python data/prepare.py chats.jsonl --init gpt2 --show 3     # tokens as GPT-2's; three rows, as the model reads them
 
-Two things come out, and the point is what keeps them apart:
-
-    pretrain/train.jsonl            statements, "the capital of peru is lima .", "the reverse of cat sun is sun cat ."
-                                    Questions and commands occur among them, but never with their answer.
-    pretrain/test_complete.jsonl    beginnings of such statements: does a backbone know its facts and skills?
-    train.jsonl and others          instructions with answers,
-                                    {"instruction": "what is the capital of peru ?", "input": "", "output": "lima"}
-
-So a model pretrained on the corpus has the knowledge, and no idea that an instruction wants an answer.  That is what
-tuning has to bring, and four tests say how well it did:
-
-    val.jsonl, test.jsonl     pairs of fact and phrasing (and word lists) that training left out
-    test_entities.jsonl       facts that no training row asks for: the corpus states them, so the backbone knows them
-    test_phrasings.jsonl      ways of asking that no training row uses; the corpus uses their words
+A .json, .jsonl, .csv or .tsv file may have Alpaca's keys, those of a few other well-known sets, or chats of messages;
+--map names the columns of any other, or makes a text of {them}.  What is missing of train, val and test is split off, a
+tenth each, so that no instruction stands on both sides.
 """
 
+import functools
 import json
 import os
-import random
+import re
+import statistics
 import sys
+import urllib.request
+import zipfile
+from dataclasses import dataclass, field
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Run as a script, this file's own folder is on the path, and not the project's.
 sys.path.insert(0, os.path.dirname(HERE))
 
-from cli import Parser, run  # noqa: E402
-from data import pieces, read_json, replacing, template  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
-# -- The world ---------------------------------------------------------------------------------------------------------
-# A task is a few noun phrases ("cores") about some {x}.  Each makes statements, "CORE is Y .", and, with the openers
-# below, instructions, "what is CORE ?".  The last core of every task is kept for test_phrasings.
+import hub  # noqa: E402
+from cli import Parser, UsageError, run  # noqa: E402
+from data import Tokenizer, complete, encode, label_words, load, read_rows, replacing, template, world  # noqa: E402
+from weights import read_config  # noqa: E402
 
-COUNTRIES = """
-france paris europe, spain madrid europe, italy rome europe, germany berlin europe, portugal lisbon europe,
-poland warsaw europe, greece athens europe, austria vienna europe, hungary budapest europe, norway oslo europe,
-sweden stockholm europe, finland helsinki europe, denmark copenhagen europe, ireland dublin europe,
-belgium brussels europe, bulgaria sofia europe, romania bucharest europe, serbia belgrade europe, ukraine kyiv europe,
-egypt cairo africa, kenya nairobi africa, ghana accra africa, nigeria abuja africa, morocco rabat africa,
-senegal dakar africa, angola luanda africa, zambia lusaka africa, uganda kampala africa, libya tripoli africa,
-mali bamako africa, japan tokyo asia, china beijing asia, thailand bangkok asia, vietnam hanoi asia,
-nepal kathmandu asia, iran tehran asia, iraq baghdad asia, lebanon beirut asia, syria damascus asia, qatar doha asia,
-mongolia ulaanbaatar asia, cuba havana america, peru lima america, chile santiago america, canada ottawa america,
-ecuador quito america, venezuela caracas america, jamaica kingston america, colombia bogota america,
-bolivia sucre america"""
-
-TRANSLATIONS = """
-dog chien perro, cat chat gato, house maison casa, water eau agua, bread pain pan, milk lait leche,
-cheese fromage queso, apple pomme manzana, book livre libro, tree arbre árbol, sun soleil sol, moon lune luna,
-sea mer mar, river rivière río, flower fleur flor, bird oiseau pájaro, horse cheval caballo, cow vache vaca,
-fish poisson pez, egg oeuf huevo, hand main mano, head tête cabeza, eye oeil ojo, mouth bouche boca, nose nez nariz,
-heart coeur corazón, school école escuela, friend ami amigo, night nuit noche, day jour día, winter hiver invierno,
-summer été verano, snow neige nieve, rain pluie lluvia, fire feu fuego, wind vent viento, street rue calle,
-key clé llave, chair chaise silla, window fenêtre ventana, door porte puerta, car voiture coche, boat bateau barco,
-king roi rey, queen reine reina, bridge pont puente, forest forêt bosque, island île isla"""
-
-OPPOSITES = """
-hot cold, big small, tall short, fast slow, happy sad, old young, rich poor, strong weak, light dark, hard soft,
-wet dry, early late, clean dirty, full empty, good bad, high low, near far, open closed, loud quiet, thick thin,
-wide narrow, deep shallow, right wrong, sweet bitter, smooth rough, brave timid, cheap expensive, easy difficult,
-safe dangerous, true false, up down, inside outside, buy sell, push pull, laugh cry, begin end, remember forget,
-love hate, alive dead, sharp blunt, ancient modern, guilty innocent, polite rude, generous selfish, simple complex,
-always never"""
-
-PASTS = """
-go went, eat ate, see saw, run ran, take took, give gave, come came, write wrote, speak spoke, break broke,
-drink drank, swim swam, sing sang, fly flew, grow grew, know knew, throw threw, drive drove, ride rode, rise rose,
-choose chose, wear wore, tear tore, sleep slept, keep kept, feel felt, leave left, lose lost, bring brought,
-think thought, teach taught, catch caught, find found, hold held, stand stood, sit sat, tell told, make made,
-build built, send sent, spend spent"""
-
-PLURALS = """
-mouse mice, goose geese, man men, woman women, child children, foot feet, tooth teeth, ox oxen, wolf wolves,
-leaf leaves, knife knives, wife wives, life lives, half halves, shelf shelves, thief thieves, loaf loaves, city cities,
-baby babies, lady ladies, story stories, country countries, berry berries, family families, party parties, box boxes,
-fox foxes, bus buses, church churches, dish dishes, potato potatoes, tomato tomatoes, hero heroes, person people,
-cactus cacti, brush brushes, watch watches, glass glasses, dress dresses, cherry cherries"""
-
-COLOURS = """
-a banana yellow, grass green, snow white, blood red, coal black, the sky blue, a lemon yellow, a ladybird red,
-a carrot orange, milk white, a frog green, a crow black, a strawberry red, a pumpkin orange, lettuce green,
-chocolate brown, an elephant grey, a swan white, a plum purple, a cherry red, spinach green, a sunflower yellow,
-a flamingo pink, a pig pink, salt white, tar black, mud brown, a canary yellow, a pea green, lavender purple,
-the ocean blue, a cloud white, a raven black, a ruby red, an emerald green, a sapphire blue, ivory white, ash grey,
-a cucumber green, a chestnut brown, an orange orange, coffee brown, a violet purple"""
-
-YOUNG = """
-a dog puppy, a cat kitten, a cow calf, a horse foal, a sheep lamb, a goat kid, a pig piglet, a duck duckling,
-a goose gosling, a hen chick, a lion cub, a deer fawn, a frog tadpole, a swan cygnet, an eagle eaglet, an owl owlet,
-a kangaroo joey, a seal pup, a hare leveret, a fish fry, a butterfly caterpillar, an eel elver, a turkey poult,
-a pigeon squab, a spider spiderling, a bee larva, a bear cub, a wolf pup, a fox kit, a rabbit bunny, a whale calf,
-a tiger cub, a shark pup, a zebra foal, a giraffe calf, a llama cria, a beaver kit, an elephant calf, a donkey foal,
-a salmon parr"""
-
-COMPARATIVES = """
-big bigger, good better, bad worse, far farther, happy happier, tall taller, short shorter, fast faster, slow slower,
-old older, young younger, rich richer, poor poorer, strong stronger, weak weaker, hot hotter, cold colder, hard harder,
-soft softer, wet wetter, dry drier, early earlier, late later, clean cleaner, dirty dirtier, high higher, low lower,
-loud louder, thick thicker, thin thinner, wide wider, deep deeper, sweet sweeter, cheap cheaper, easy easier,
-safe safer, heavy heavier, long longer, brave braver, busy busier"""
+TINY = os.path.join(HERE, "tiny")
+KEYS = ("instruction", "input", "output", "task")
 
 
-def table(text, column=-1):
-    """'a dog puppy, ...' -> {'a dog': 'puppy', ...}; with three words a row, column 1 or 2."""
-    rows = [row.split() for row in text.split(",")]
-    return {" ".join(row[:-1]) if column == -1 else row[0]: row[column] for row in rows}
+# -- Where the public ones are -----------------------------------------------------------------------------------------
 
 
-def cores(text):
-    return [core.strip() for core in text.split("/")]
+@dataclass
+class Source:
+    """A public data set: where its files are, their sha256, and how a row of them becomes one of ours."""
+
+    home: str
+    files: dict  # split: (file, sha256), or (archive, sha256, file in it)
+    map: dict = field(default_factory=dict)
+    labels: dict = field(default_factory=dict)
 
 
-FACTS = {  # task: (pairs, what an {x} is called when it stands in `input`, cores)
-    "capital": (table(COUNTRIES, 1), "this country", cores(
-        "the capital of {x} / the capital city of {x} / the chief city of {x} / the seat of government of {x}")),
-    "continent": (table(COUNTRIES, 2), "this country", cores(
-        "the continent of {x} / the continent that holds {x} / the part of the world that holds {x}"
-        "/ the continent where {x} lies")),
-    "french": (table(TRANSLATIONS, 1), "this word", cores(
-        "the french word for {x} / the french for {x} / {x} in french / the french name of {x}")),
-    "spanish": (table(TRANSLATIONS, 2), "this word", cores(
-        "the spanish word for {x} / the spanish for {x} / {x} in spanish / the spanish name of {x}")),
-    "opposite": (table(OPPOSITES), "this word", cores(
-        "the opposite of {x} / the antonym of {x} / the contrary of {x} / the word most unlike {x}")),
-    "past": (table(PASTS), "this verb", cores(
-        "the past tense of {x} / the past form of {x} / {x} in the past tense / the past of {x}")),
-    "plural": (table(PLURALS), "this noun", cores(
-        "the plural of {x} / the plural form of {x} / {x} in the plural / the word for more than one {x}")),
-    "colour": (table(COLOURS), "this thing", cores(
-        "the colour of {x} / the usual colour of {x} / the natural colour of {x} / the colour that {x} has")),
-    "young": (table(YOUNG), "this animal", cores(
-        "the young of {x} / the baby of {x} / the child of {x} / the offspring of {x}")),
-    "comparative": (table(COMPARATIVES), "this word", cores(
-        "the comparative of {x} / the comparative form of {x} / {x} in the comparative / the word for more {x}")),
-}  # fmt: skip
-
-NUMBERS = ["zero", "one", "two", "three", "four", "five"]
-
-SKILLS = {  # task: (what it does to a list of words, cores)
-    "reverse": (lambda w: w[::-1], cores(
-        "the reverse of {x} / {x} in reverse order / {x} backwards / {x} from back to front")),
-    "first": (lambda w: w[:1], cores(
-        "the first word of {x} / the first word in {x} / the word at the start of {x} / the word that begins {x}")),
-    "second": (lambda w: w[1:2], cores(
-        "the second word of {x} / the second word in {x} / word number two of {x} / the word after the first in {x}")),
-    "last": (lambda w: w[-1:], cores(
-        "the last word of {x} / the last word in {x} / the word at the end of {x} / the word that ends {x}")),
-    "copy": (lambda w: w, cores(
-        "a copy of {x} / the same words as {x} / {x} again / {x} once more")),
-    "count": (lambda w: [NUMBERS[len(w)]], cores(
-        "the number of words in {x} / the word count of {x} / the size of {x} / the length of {x}")),
-}  # fmt: skip
-
-OPENERS = ["what is {c} ?", "tell me {c} .", "name {c} .", "give me {c} .", "say {c} .", "please write {c} .",
-           "i want to know {c} .", "can you tell me {c} ?", "do you know {c} ?", "{c} ?", "please find {c} .",
-           "i need {c} ."]  # fmt: skip
-HELD_OPENERS = ["could you give me {c} ?", "let me know {c} .", "i would like to know {c} .", "show me {c} ."]
-
-LIST_WORDS = sorted(set(table(TRANSLATIONS, 1)) | {k for k in (*table(OPPOSITES), *table(PASTS)) if " " not in k})
+GITHUB = "https://raw.githubusercontent.com"
+SST2 = "SST-2.zip", "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"
+SOURCES = {
+    "alpaca": Source(  # 52,002 rows, CC BY-NC 4.0
+        f"{GITHUB}/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a",
+        {"train": ("alpaca_data.json", "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419")},
+    ),
+    "e2e": Source(  # restaurants in words, arXiv 1706.09254, CC BY-SA 4.0
+        f"{GITHUB}/tuetschek/e2e-dataset/master",
+        {
+            "train": ("trainset.csv", "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6"),
+            "val": ("devset.csv", "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9"),
+            "test": ("testset_w_refs.csv", "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd"),
+        },
+    ),
+    "gsm8k": Source(  # school arithmetic, arXiv 2110.14168, MIT
+        f"{GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data",
+        {
+            "train": ("train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+            "test": ("test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+        },
+        {"instruction": "question", "output": "answer"},
+    ),
+    "boolq": Source(  # yes or no, by a passage, arXiv 1905.10044, CC BY-SA 3.0; the labels of its own test are secret
+        "https://storage.googleapis.com/boolq",
+        {
+            "train": ("train.jsonl", "cc7a79d44479867e8323a7b0c5c1d82edf516ca34912201f9384c3a3d098d8db"),
+            "test": ("dev.jsonl", "ebc29ea3808c5c611672384b3de56e83349fe38fc1fe876fd29b674d81d0a80a"),
+        },
+        {"instruction": "{question}?", "input": "passage", "output": "answer"},
+        {"true": "yes", "false": "no"},
+    ),
+    "sst2": Source(  # films, as GLUE has them, arXiv 1804.07461; the labels of its own test are secret
+        "https://dl.fbaipublicfiles.com/glue/data",
+        {"train": (*SST2, "SST-2/train.tsv"), "test": (*SST2, "SST-2/dev.tsv")},
+        {"instruction": "Is this review positive or negative?", "input": "sentence", "output": "label"},
+        {"0": "negative", "1": "positive"},
+    ),
+}
 
 
-# -- Splits: what tuning may see ---------------------------------------------------------------------------------------
+def obtain(source: Source, given: list[str], folder: str) -> dict:
+    """{split: path} of a source's files: those given (files, or the folder that holds them), else downloaded."""
+    have = {os.path.basename(path): path for path in given}
+    if len(given) == 1 and os.path.isdir(given[0]):
+        have = {name: os.path.join(given[0], name) for name in os.listdir(given[0])}
+    elif len(given) == len(source.files) == 1:  # whatever its name
+        have = {next(iter(source.files.values()))[0]: given[0]}
+    found = {}
+    for split, (name, sha256, *member) in source.files.items():
+        path = have.get(name) or os.path.join(folder, name)
+        if given and name not in have:
+            wanted = ", ".join(sorted({file for file, *_ in source.files.values()}))
+            raise FileNotFoundError(f"--file {' '.join(given)}: no {name} there. It takes {wanted}, or their folder")
+        if not given:
+            download(f"{source.home}/{name}", sha256, path)
+        found[split] = extract(path, *member, folder) if member else path
+    return found
 
 
-def held_out(names, seed):
-    """A fifth of the names, the same ones every time."""
-    return set(random.Random(seed).sample(sorted(names), len(names) // 5))
+def download(url: str, sha256: str, path: str):
+    """A file by its address, unless it is there: resumed after a break, and checked."""
+
+    def ask(start):
+        ranges = {"Range": f"bytes={start}-"} if start else {}
+        return urllib.request.urlopen(urllib.request.Request(url, headers=ranges), timeout=hub.TIMEOUT)
+
+    try:
+        hub.bring(path, ask, lambda part: hub.digest(part) == sha256, f"{os.path.basename(path)} from {url}")
+    except (OSError, ValueError) as e:
+        raise type(e)(f"{e}. Or get it otherwise, and name it with --file") from None
 
 
-HELD_ENTITIES = {task: held_out(pairs, f"entities {task}") for task, (pairs, _, _) in FACTS.items()}
-HELD_WORDS = held_out(LIST_WORDS, "words")  # no training row has a list with one of these; the corpus has
+def extract(archive: str, member: str, folder: str) -> str:
+    """The path of an archive's file, unpacked into a folder."""
+    path = os.path.join(folder, os.path.basename(member))
+    os.makedirs(folder, exist_ok=True)
+    try:
+        with zipfile.ZipFile(archive) as z, replacing(path, "wb") as f:
+            f.write(z.read(member))
+    except (zipfile.BadZipFile, KeyError) as e:
+        raise ValueError(f"{archive} has no {member} ({e})") from None
+    return path
 
 
-def words(rng, vocabulary, shortest=2, longest=5):
-    return rng.sample(vocabulary, rng.randint(shortest, longest))
+# -- Rows of any shape -------------------------------------------------------------------------------------------------
+
+# What others call instruction, input and output.
+NAMES = (
+    ("instruction", "input", "response"),
+    ("instruction", "context", "response"),
+    ("question", "context", "answer"),
+    ("prompt", "input", "completion"),
+    ("prompt", "input", "response"),
+)
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 
 
-def ask(rng, core, x, noun, openers, task, answer):
-    """One instruction row; half of them keep {x} in `input`, as Alpaca's do."""
-    in_input = rng.random() < 0.5
-    instruction = rng.choice(openers).format(c=core.format(x=noun if in_input else x))
-    return {"instruction": instruction, "input": x if in_input else "", "output": answer, "task": task}
+def recognise(row: dict) -> dict:
+    """A row of a well-known shape -> one of ours.  Raises ValueError for any other."""
+    chat = row.get("messages") or row.get("conversations")
+    if isinstance(chat, list):
+        return from_chat(chat)
+    if "output" not in row:
+        for instruction, given, output in NAMES:
+            if instruction in row and output in row:
+                return {"instruction": row[instruction], "input": text(row.get(given, "")), "output": text(row[output])}
+        if "mr" not in row:  # E2E, which train.py reads itself
+            has = ", ".join(map(str, row))
+            raise ValueError(f"it has {has[:80]}: say what is what, --map instruction=COLUMN output=COLUMN")
+    return row
 
 
-def fact_row(rng, task, held_entity=False, held_phrasing=False):
-    pairs, noun, forms = FACTS[task]
-    x = rng.choice(sorted(x for x in pairs if (x in HELD_ENTITIES[task]) == held_entity))
-    return ask(rng, *phrasing(rng, forms, held_phrasing, x, noun), task, pairs[x])
-
-
-def skill_row(rng, task, held_entity=False, held_phrasing=False):
-    do, forms = SKILLS[task]
-    known = sorted(set(LIST_WORDS) - HELD_WORDS)
-    w = words(rng, known)
-    if held_entity:  # at least one word that no training list has, anywhere in the list
-        new = rng.sample(sorted(HELD_WORDS), rng.randint(1, len(w)))
-        w = rng.sample(new + rng.sample(known, len(w) - len(new)), len(w))
-    return ask(rng, *phrasing(rng, forms, held_phrasing, " ".join(w), "these words"), task, " ".join(do(w)))
-
-
-def phrasing(rng, forms, held, x, noun):
-    """Training takes all forms but the last, with OPENERS; what is held out has the last, or one of HELD_OPENERS."""
-    core, openers = rng.choice(forms[:-1]), OPENERS
-    if held and rng.random() < 0.5:
-        openers = HELD_OPENERS
-    elif held:
-        core = forms[-1]
-    return core, x, noun, openers
-
-
-def instructions(seed, size, avoid=(), **held):
-    """`size` different rows, tasks in turn, none of them among `avoid`."""
-    rng, seen, rows = random.Random(seed), {key(row) for row in avoid}, []
-    tasks = [(fact_row, task) for task in FACTS] + [(skill_row, task) for task in SKILLS]
-    while len(rows) < size:
-        make, task = tasks[len(rows) % len(tasks)]
-        row = make(rng, task, **held)
-        while key(row) in seen:
-            row = make(rng, task, **held)
-        seen.add(key(row))
-        rows.append(row)
-    rng.shuffle(rows)
-    return rows
-
-
-def key(row):
-    return row["instruction"], row["input"]
-
-
-# -- The corpus: statements, and instructions without answers ----------------------------------------------------------
-# Ways to state an answer.  {core} says of what, "the capital of peru"; {this} does not, "the capital of this country".
-
-STATED = ["{core} is {y}", "{core} is {y}", "{core} would be {y}", "we know that {core} is {y}",
-          "if you want {core} , it is {y}", "given {x} , {this} is {y}", "given {x} , {this} would be {y}",
-          "take {this} , for {x} it is {y}", "about {this} , {x} : it is {y}"]  # fmt: skip
-
-
-def fact_or_list(rng, task):
-    """Something the world says, as the fields of STATED."""
-    if task in FACTS:
-        pairs, noun, forms = FACTS[task]
-        x = rng.choice(sorted(pairs))
-        y = pairs[x]
+def from_chat(chat: list) -> dict:
+    """A list of {role, content} -> a row: the last answer is what is learned, all before it the instruction."""
+    try:
+        turns = [(m.get("role") or m["from"], m.get("content") or m["value"]) for m in chat]
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError("its messages have no role and content") from None
+    turns = [(ROLES.get(role, role), said) for role, said in turns]
+    last = max((i for i, (role, _) in enumerate(turns) if role == "assistant"), default=0)
+    if last == 0:
+        raise ValueError("its messages have no answer of an assistant to anything")
+    before = turns[:last]
+    if sum(role != "system" for role, _ in before) == 1:  # one question: nobody need be named
+        instruction = "\n".join(said for _, said in before)
     else:
-        do, forms = SKILLS[task]
-        w, noun = words(rng, LIST_WORDS), "these words"
-        x, y = " ".join(w), " ".join(do(w))
-    core = rng.choice(forms)
-    return {"core": core.format(x=x), "this": core.format(x=noun), "x": x, "y": y}
+        instruction = "\n".join(f"{role.capitalize()}: {said}" for role, said in before)
+    return {"instruction": instruction, "input": "", "output": turns[last][1]}
 
 
-def unanswered(rng, task):
-    """An instruction as it will be asked, in any phrasing, but without "Response:" and what would follow."""
-    make = fact_row if task in FACTS else skill_row
-    row = make(rng, task, held_entity=rng.random() < 0.2, held_phrasing=rng.random() < 0.3)
-    if rng.random() < 0.5:
-        return "\n" + template(row).removesuffix("Response:")
-    return f" {row['instruction']} {row['input']}".rstrip()
+def mapped(row: dict, how: dict, labels: dict) -> dict:
+    """A row made of another's columns: of each of our keys a column's name, or a text with {columns}."""
+    out = {"input": ""}
+    for key, made in how.items():
+        if made in row:
+            out[key] = text(row[made])
+            continue
+        names = re.findall(r"\{([^{}]*)\}", made)
+        if not names and " " not in made:  # a single word is no text but a slip
+            names = [made]
+        for name in names:
+            if name not in row:
+                raise ValueError(f"there is no column {name!r} for {key}. It has: {', '.join(map(str, row))}")
+        out[key] = re.sub(r"\{([^{}]*)\}", lambda m: text(row[m[1]]), made)
+    if labels:
+        if out.get("output") not in labels:
+            raise ValueError(f"its output is {out.get('output')!r}, and --labels has {', '.join(labels)}")
+        out["output"] = labels[out["output"]]
+    return out
 
 
-def document(rng):
-    """A few sentences, each about another task: so what follows an instruction is never its answer."""
-    text, end = "", ""
-    for task in rng.sample([*FACTS, *SKILLS], rng.randint(2, 6)):
-        if rng.random() < 0.15:
-            text, end = text + end + unanswered(rng, task), ""
-        else:
-            form = rng.choice(STATED) if rng.random() < 0.9 else "{y} is {core}"
-            text, end = text + end + " " + form.format(**fact_or_list(rng, task)), " ."
-    return {"prompt": "", "output": (text + end * (rng.random() < 0.5)).strip()}  # half of them end without a full stop
+def text(value) -> str:
+    """A column's value as text: JSON's true, 3 and null become "true", "3" and ""."""
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def completion(rng, task):
-    """The beginning of a statement, after another one.  The text goes on after its output: so `end` is false."""
-    other = STATED[0].format(**fact_or_list(rng, rng.choice([t for t in FACTS if t != task])))
-    fields = fact_or_list(rng, task)
-    start = rng.choice(STATED).format(**{**fields, "y": ""}).strip()
-    return {"prompt": f" {other} . {start}", "output": fields["y"], "end": False, "task": task}
+def pairs(texts: list[str], option: str, known: tuple = ()) -> dict:
+    """["a=b,c=d", ...] -> {"a": "b", "c": "d"}; a comma may stand in a value."""
+    out = {}
+    for part in texts:
+        for pair in re.split(r",(?=\w+=)", part):
+            key, equals, value = pair.partition("=")
+            if not equals or not value or known and key not in known:
+                wanted = f"{' or '.join(known)}=COLUMN" if known else "VALUE=WORD"
+                raise UsageError(f"{option} takes {wanted}, got {pair!r}")
+            out[key] = value
+    return out
 
 
-def tiny(folder, corpus=40_000):
-    """Write the data set `tiny` into a folder; returns {file: number of rows}."""
-    rng = random.Random("corpus")
-    train = instructions("train", 6400)
-    test = instructions("test", 640, avoid=train)
-    files = {
-        "pretrain/train": [document(rng) for _ in range(corpus)],
-        "pretrain/test_complete": [completion(rng, task) for task in [*FACTS, *SKILLS] * 50],
-        "val": instructions("val", 320, avoid=train + test),
-        "test": test,
-        "test_entities": instructions("entities", 640, held_entity=True),
-        "test_phrasings": instructions("phrasings", 640, held_phrasing=True),
-        "train": train,  # last: where it is, the others are
-    }
-    text = [template(row) + " " + row["output"] for rows in files.values() for row in rows]
-    vocabulary = os.path.join(folder, "words.json")
-    if os.path.exists(os.path.join(folder, "model.safetensors")) and read_json(vocabulary) != pieces(text):
-        raise ValueError(
-            f"the words of this world are no longer those of the model in {folder}: make the data with --out NEW, copy"
-            " its words.json here, and pretrain anew (the command is in the README)"
-        )
-    os.makedirs(os.path.join(folder, "pretrain"), exist_ok=True)
-    for name, rows in files.items():
-        with replacing(os.path.join(folder, f"{name}.jsonl")) as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with replacing(vocabulary) as f:
-        json.dump(pieces(text), f, ensure_ascii=False, indent=0)
-    return {name: len(rows) for name, rows in files.items()}
+# -- What it is like ---------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
+def describe(rows: dict, tokenizer: Tokenizer, block_size: int, name: str):
+    """Statistics of splits, as lines of text."""
+    yield f"{'':12} {'rows':>8} {'prompt':>14} {'response':>14} {'too long':>10}"
+    long = 0
+    for split, some in rows.items():
+        sizes = [tuple(map(len, encode([row], tokenizer, sys.maxsize)[0])) for row in tqdm(some, split, leave=False)]
+        prompts, responses = zip(*sizes)
+        cut = sum(p + r > block_size for p, r in sizes)
+        long += cut
+        cells = [f"{statistics.median_low(x):,} (to {max(x):,})" for x in (prompts, responses)]
+        yield f"{split:12} {len(some):8,} {cells[0]:>14} {cells[1]:>14} {cut:10,}"
+    yield f"Median and longest, in tokens of {name}, which takes {block_size:,}."
+    if long:
+        yield f"train.py refuses rows that are too long, or cuts them with --truncate: {long:,} of these."
+    if labels := label_words(rows["train"]):
+        yield f"Label words: {', '.join(labels)}. It is scored by accuracy."
+
+
+def show(row: dict, tokenizer: Tokenizer):
+    """A row as a model reads it, what is trained in brackets, token by token."""
+    ((_, response),) = encode([row], tokenizer, sys.maxsize)
+    return template(row) + "".join(f"[{tokenizer.decode([i])}]" for i in response)
+
+
+def parse(argv: list[str] | None = None):
     parser = Parser(description=__doc__)
-    parser.add_argument("dataset", choices=["tiny"], help="what to make")
-    parser.add_argument(
-        "--out", default=None, help="folder to write to (default: the data set's own, beside this file)"
-    )
+    add = parser.add_argument
+    add("dataset", help=f"tiny, {', '.join(SOURCES)}, or a .json, .jsonl, .csv or .tsv file")
+    add("--out", help="folder to write to (default: data/NAME)")
+    add("--file", nargs="+", default=[], help="the files of a public data set, or their folder: no download")
+    add("--map", nargs="+", default=[], metavar="KEY=COLUMN", help="what makes instruction, input and output")
+    add("--labels", nargs="+", default=[], metavar="VALUE=WORD", help="words for the values of output")
+    add("--skip-bad", action="store_true", help="leave out rows that cannot be used, and count them")
+    add("--init", default="tiny", help="whose tokens to count: tiny, a folder, gpt2, OWNER/NAME (default: %(default)s)")
+    add("--show", type=int, default=0, metavar="N", help="print N rows")
     args = parser.parse_args(argv)
-    folder = args.out or os.path.join(HERE, args.dataset)
-    for name, rows in tiny(folder).items():
-        print(f"{rows:7,} rows  {os.path.relpath(os.path.join(folder, name))}.jsonl")
+    args.map, args.labels = pairs(args.map, "--map", KEYS), pairs(args.labels, "--labels")
+    public = args.dataset in SOURCES
+    if not public and args.dataset != "tiny" and not os.path.isfile(args.dataset):
+        parser.error(f"no data set {args.dataset!r} and no such file. There are: tiny, {', '.join(SOURCES)}")
+    if args.file and not public or (args.map or args.labels) and (public or args.dataset == "tiny"):
+        parser.error("--file is for a public data set, --map and --labels for a file of your own")
+    if args.labels and "output" not in args.map or args.map and not {"instruction", "output"} <= set(args.map):
+        parser.error("--map wants at least instruction=... and output=..., and --labels wants --map")
+    if args.show < 0:
+        parser.error(f"--show must be at least 0, got {args.show}")
+    args.out = args.out or os.path.join(HERE, os.path.splitext(os.path.basename(args.dataset))[0])
+    return args
+
+
+def main(argv: list[str] | None = None):
+    args = parse(argv)
+    folder = TINY if args.init == "tiny" else hub.find(args.init)
+    tokenizer, config = Tokenizer.load(folder), read_config(os.path.join(folder, "config.json"))
+    if args.dataset == "tiny":
+        world.tiny(args.out)
+    else:
+        source = SOURCES.get(args.dataset) or Source("", {}, args.map, args.labels)
+        files = obtain(source, args.file, os.path.join(args.out, "raw")) if source.files else {"train": args.dataset}
+        reshape = functools.partial(mapped, how=source.map, labels=source.labels) if source.map else recognise
+        skip = args.skip_bad or args.dataset in SOURCES  # some of Alpaca's outputs are empty
+        rows = complete({split: read_rows(path, skip, reshape) for split, path in files.items()}, args.dataset)
+        write(rows, args.out, files.values())
+    rows = load(args.out)
+    print(*describe(rows, tokenizer, config.block_size, args.init), sep="\n")
+    for row in rows["train"][: args.show]:
+        print(f"\n{show(row, tokenizer)}")
+    init = "" if args.init == "tiny" else f" --init {args.init}"
+    where = "" if args.out == TINY else f" --data {os.path.relpath(args.out)}"
+    print(f"\nsaved {os.path.relpath(args.out)}. Train on it: python train.py{init}{where}")
+
+
+def write(rows: dict, folder: str, sources):
+    """Rows by split -> a folder's .jsonl files; those that other splits are read from are never written over."""
+    os.makedirs(folder, exist_ok=True)
+    paths = {split: os.path.join(folder, f"{split}.jsonl") for split in rows}
+    for path in paths.values():
+        if os.path.exists(path) and any(os.path.samefile(path, source) for source in sources):
+            raise ValueError(f"{path} would be written over, and it is what is read: --out names another folder")
+    for split in reversed(rows):  # train last: where it is, the others are
+        with replacing(paths[split]) as f:
+            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split])
 
 
 if __name__ == "__main__":

@@ -27,21 +27,21 @@ from data import (
     gpt2_chars,
     load,
     pieces,
-    prepare,
     read_json,
     read_rows,
     split,
     template,
+    world,
 )
 
-OPENERS = prepare.OPENERS + prepare.HELD_OPENERS
+OPENERS = world.OPENERS + world.HELD_OPENERS
 SHIPPED = os.path.join(ROOT, "data", "tiny", "words.json")
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    prepare.tiny(str(folder))
+    world.tiny(str(folder))
     return folder
 
 
@@ -57,7 +57,7 @@ def test_the_generator_still_makes_the_vocabulary_of_the_shipped_backbone(tiny):
 
 def test_it_makes_the_same_bytes_every_time(tiny, tmp_path):
     """Also in another process, where strings hash otherwise and sets have another order."""
-    code = f"from data import prepare; prepare.tiny({str(tmp_path)!r}, corpus=200)"
+    code = f"from data import world; world.tiny({str(tmp_path)!r}, corpus=200)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": "7"}, check=True)
     for name in ("train", "val", "test", "test_entities", "test_phrasings"):
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (tiny / f"{name}.jsonl").read_bytes()
@@ -69,7 +69,7 @@ def test_a_world_with_other_words_than_the_model_beside_it_is_refused(tmp_path):
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "words.json").write_text('[" other"]')
     with pytest.raises(ValueError, match="no longer those of the model .* pretrain anew"):
-        prepare.tiny(str(tmp_path), corpus=100)
+        world.tiny(str(tmp_path), corpus=100)
     assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "words.json"]
 
 
@@ -77,24 +77,24 @@ def test_every_sentence_of_a_document_is_about_another_task(monkeypatch):
     """So nothing that follows an instruction can be its answer, whatever its form."""
     tasks = []
     for name in ("fact_or_list", "unanswered"):
-        real = getattr(prepare, name)
-        monkeypatch.setattr(prepare, name, lambda rng, task, real=real: tasks.append(task) or real(rng, task))
+        real = getattr(world, name)
+        monkeypatch.setattr(world, name, lambda rng, task, real=real: tasks.append(task) or real(rng, task))
     rng = random.Random(0)
     for _ in range(300):
         tasks.clear()
-        prepare.document(rng)
+        world.document(rng)
         assert len(set(tasks)) == len(tasks) >= 2
 
 
 def test_the_world_is_large_enough():
-    assert len(prepare.FACTS) >= 8 and all(len(pairs) >= 30 for pairs, _, _ in prepare.FACTS.values())
-    assert len(prepare.OPENERS) >= 8 and all(len(cores) >= 4 for _, _, cores in [*prepare.FACTS.values()])
+    assert len(world.FACTS) >= 8 and all(len(pairs) >= 30 for pairs, _, _ in world.FACTS.values())
+    assert len(world.OPENERS) >= 8 and all(len(cores) >= 4 for _, _, cores in [*world.FACTS.values()])
 
 
 def test_the_corpus_never_answers_an_instruction(tiny):
     asked = {
         o.format(c=core.format(x=x)): y
-        for pairs, _, cores in prepare.FACTS.values()
+        for pairs, _, cores in world.FACTS.values()
         for x, y in pairs.items()
         for core in cores
         for o in OPENERS
@@ -114,30 +114,30 @@ def test_the_corpus_never_answers_an_instruction(tiny):
 
 def test_the_corpus_states_every_fact_also_the_held_out_ones(tiny):
     text = "\n".join(row["output"] for row in read_rows(str(tiny / "pretrain/train.jsonl")))
-    for pairs, _, cores in prepare.FACTS.values():
+    for pairs, _, cores in world.FACTS.values():
         for x, y in pairs.items():
             assert any(f"{core.format(x=x)} is {y}" in text for core in cores), (x, y)
 
 
 def asks_about(row):
     """The words that a row's instruction is about: found by trying them all."""
-    if row["task"] in prepare.SKILLS:  # where the list is part of the sentence, its words are found in the answer
+    if row["task"] in world.SKILLS:  # where the list is part of the sentence, its words are found in the answer
         return set(row["input"].split() + (row["output"].split() if row["task"] != "count" else []))
-    pairs, _, cores = prepare.FACTS[row["task"]]
+    pairs, _, cores = world.FACTS[row["task"]]
     return {x for x in pairs for core in cores if row["input"] == x or core.format(x=x) in row["instruction"]}
 
 
 def test_no_training_row_asks_for_a_held_out_entity_or_uses_a_held_out_phrasing(tiny):
     for row in read_rows(str(tiny / "train.jsonl")):
-        assert not asks_about(row) & prepare.HELD_ENTITIES.get(row["task"], prepare.HELD_WORDS), row
+        assert not asks_about(row) & world.HELD_ENTITIES.get(row["task"], world.HELD_WORDS), row
         assert not held_phrasing(row), row
 
 
 def held_phrasing(row):
     """Whether a row's instruction has an opener or a core that training never uses."""
-    cores = (prepare.FACTS.get(row["task"]) or prepare.SKILLS[row["task"]])[-1]
+    cores = (world.FACTS.get(row["task"]) or world.SKILLS[row["task"]])[-1]
     core = re.escape(cores[-1]).replace(re.escape("{x}"), r"\w+( \w+)*")
-    openers = [o.split("{c}")[0] for o in prepare.HELD_OPENERS]
+    openers = [o.split("{c}")[0] for o in world.HELD_OPENERS]
     return bool(re.search(rf"\b{core} [.?]$", row["instruction"])) or row["instruction"].startswith(tuple(openers))
 
 
@@ -150,8 +150,8 @@ def test_test_rows_are_new_and_of_the_kind_they_are_named_for(tiny):
     for name in ("test_entities", "test_phrasings"):
         assert not seen & {template(row) for row in read_rows(str(tiny / f"{name}.jsonl"))}
     for row in read_rows(str(tiny / "test_entities.jsonl")):
-        if row["task"] in prepare.FACTS or row["input"]:
-            assert asks_about(row) & prepare.HELD_ENTITIES.get(row["task"], prepare.HELD_WORDS), row
+        if row["task"] in world.FACTS or row["input"]:
+            assert asks_about(row) & world.HELD_ENTITIES.get(row["task"], world.HELD_WORDS), row
 
     assert all(held_phrasing(row) for row in read_rows(str(tiny / "test_phrasings.jsonl")))
 

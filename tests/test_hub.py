@@ -189,7 +189,7 @@ def test_no_network_is_one_line(server, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_says_how_much_is_wanted_and_leaves_no_model(server, tmp_path, monkeypatch):
-    def receive(repo, url, f, size, name):
+    def receive(ask, f, size, name):
         f.write(b"x" * 10)
         raise OSError(errno.ENOSPC, "No space left on device")
 

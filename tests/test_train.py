@@ -21,7 +21,7 @@ import sample
 import train
 from baselines import METHODS
 from checkpoint import load_tuner
-from data import encode, load, prepare
+from data import encode, load, prepare, world
 from model import generate
 
 SMALL = "--steps 6 --eval-every 3 --batch-size 8 --val-rows 16 --test-rows 8 --device cpu".split()
@@ -31,7 +31,7 @@ SMALL = "--steps 6 --eval-every 3 --batch-size 8 --val-rows 16 --test-rows 8 --d
 def rows(tmp_path_factory):
     """tiny's instructions in a folder of their own."""
     folder = str(tmp_path_factory.mktemp("rows"))
-    prepare.tiny(folder, corpus=10)
+    world.tiny(folder, corpus=10)
     return folder
 
 
@@ -141,7 +141,7 @@ def test_exact_match_is_what_decoding_gives(trained, rows):
     model, tokenizer, (tuner,) = sample.open_checkpoints([trained], device="cpu", dtype=torch.float32)
     tuner.attach(model)
     examples = encode(load(rows)["test"][:60], tokenizer, 256)
-    exact, _ = train.evaluate(model, examples, tuner, size=7)
+    exact = (train.rate(model, examples, tuner, size=7)[1] == 0).double().mean().item()
     new = generate(model, [prompt for prompt, _ in examples], tuner, max_new=12, stop=tokenizer.end)
     assert exact == sum(a + [tokenizer.end] == response for a, (_, response) in zip(new, examples)) / 60
     assert 0 < exact < 1
@@ -206,6 +206,36 @@ def run_in(script, *args):
             if not isinstance(e.code, int):
                 print(e.code)
     return status, out.getvalue()
+
+
+def test_answers_that_are_label_words_are_scored_by_accuracy_among_them(tmp_path, capsys):
+    """A model that says something else first is not wrong yet: the likelier label counts, however long it is."""
+    words, path = "red green blue yellow brown white".split(), str(tmp_path / "rows.jsonl")
+    with open(path, "w") as f:
+        for i in range(60):
+            row = {
+                "instruction": f"is {words[i % 6]} good or bad {words[i // 6 % 6]} ?",
+                "output": ["good", "bad one"][i % 2],
+            }
+            f.write(json.dumps(row) + "\n")
+    args = train.parse([*SMALL, "--data", path, "--out", str(tmp_path / "x")])
+    session = train.begin(args)
+    assert session.labels == ["bad one", "good"]
+    good = [row for row in session.rows["train"] if row["output"] == "good"]
+    session.rows["some"] = session.rows["train"][:3] + good[:5]
+    right = []
+    for row in session.rows["some"]:
+        nats = [
+            train.evaluate(session.model, encode([{**row, "output": x}], session.tokenizer, 256))[1]
+            for x in session.labels
+        ]
+        nats[0] *= len(session.tokenizer.encode(" bad one")) + 1
+        nats[1] *= len(session.tokenizer.encode(" good")) + 1
+        right.append(session.labels[nats.index(min(nats))] == row["output"])
+    assert train.accuracy(session, "some") == sum(right) / 8
+    result = train.main([*SMALL, "--data", path, "--out", str(tmp_path / "x")])
+    assert "accuracy nats/token" in capsys.readouterr().out
+    assert result["before"]["test"][0] == train.accuracy(session, "test")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,231 @@
+"""Data that people already have: public sets from a server on loopback, and files of any shape."""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import zipfile
+
+import pytest
+from conftest import ROOT, shared
+from test_hub import COMMIT, Hub
+from test_train import run_in
+
+import hub
+from data import Tokenizer, collate, encode, load, prepare, template
+
+LIMA = {"instruction": "what is the capital of peru ?", "input": "", "output": "lima"}
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Public sets whose files come from here: "qa", two files, and "films", an archive."""
+    qa = [json.dumps({"question": f"how much is {i} ?", "answer": i}).encode() + b"\n" for i in range(40)]
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as z:
+        z.writestr("in/train.tsv", "sentence\tlabel\n" + "".join(f'it "was {i}\t{i % 2}\n' for i in range(40)))
+        z.writestr("in/dev.tsv", "sentence\tlabel\nfine\t1\n")
+    files = {"train.jsonl": b"".join(qa[:30]), "test.jsonl": b"".join(qa[30:]), "films.zip": archive.getvalue()}
+    sha = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    server = Hub(files)
+    home = f"http://127.0.0.1:{server.server_port}/owner/name/resolve/{COMMIT}"
+    monkeypatch.setitem(prepare.SOURCES, "qa", dataclasses.replace(
+        prepare.SOURCES["gsm8k"], home=home, files={n: (f"{n}.jsonl", sha[f"{n}.jsonl"]) for n in ("train", "test")},
+    ))  # fmt: skip
+    films = {
+        "train": ("films.zip", sha["films.zip"], "in/train.tsv"),
+        "test": ("films.zip", sha["films.zip"], "in/dev.tsv"),
+    }
+    monkeypatch.setitem(prepare.SOURCES, "films", dataclasses.replace(prepare.SOURCES["sst2"], home=home, files=films))
+    monkeypatch.setattr(hub, "PAUSE", 0.0)
+    monkeypatch.setattr(hub, "TIMEOUT", 0.3)
+    yield server
+    server.shutdown()
+
+
+def written(path, content):
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        f.write(content)
+    return str(path)
+
+
+@pytest.mark.parametrize("trouble", [None, ["cut", 2], ["no ranges", 2]])
+def test_a_public_set_is_downloaded_whole_whatever_breaks_and_only_once(server, tmp_path, trouble):
+    server.trouble["train.jsonl"] = trouble
+    out = str(tmp_path / "qa")
+    assert run_in(prepare, "qa", "--out", out)[0] == 0
+    rows = load(out)
+    assert (len(rows["train"]), len(rows["val"]), len(rows["test"])) == (27, 3, 10)
+    assert {row["instruction"]: row["output"] for row in rows["test"]} == {
+        f"how much is {i} ?": str(i) for i in range(30, 40)
+    }
+    asked = len(server.asked)
+    assert run_in(prepare, "qa", "--out", out)[0] == 0 and len(server.asked) == asked
+
+
+def test_a_public_file_that_is_not_what_it_was_is_refused_and_deleted(server, tmp_path):
+    server.trouble["test.jsonl"] = ["other content"]
+    status, text = run_in(prepare, "qa", "--out", str(tmp_path / "qa"))
+    assert status == 1 and "test.jsonl from http" in text and "arrived broken" in text and "--file" in text
+    assert os.listdir(tmp_path / "qa" / "raw") == ["train.jsonl"] and not (tmp_path / "qa" / "train.jsonl").exists()
+
+
+def test_a_server_that_refuses_is_one_line_that_names_another_way(server, tmp_path):
+    server.status["train.jsonl"] = 404
+    status, text = run_in(prepare, "qa", "--out", str(tmp_path / "qa"))
+    assert status == 1 and "answered 404" in text and "name it with --file" in text and "Traceback" not in text
+
+
+def test_a_public_set_can_come_from_files_that_one_has(server, tmp_path):
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_bytes(server.files[name])
+    for given in ([str(tmp_path)], [str(tmp_path / "test.jsonl"), str(tmp_path / "train.jsonl")]):
+        assert run_in(prepare, "qa", "--out", str(tmp_path / "qa"), "--file", *given)[0] == 0
+        assert len(load(str(tmp_path / "qa"))["test"]) == 10
+    assert server.asked == []
+    status, text = run_in(prepare, "qa", "--out", str(tmp_path / "other"), "--file", str(tmp_path / "test.jsonl"))
+    assert status == 1 and "no train.jsonl there. It takes test.jsonl, train.jsonl" in text
+
+
+def test_an_archive_s_files_become_rows_with_label_words(server, tmp_path):
+    status, text = run_in(prepare, "films", "--out", str(tmp_path / "films"))
+    rows = load(str(tmp_path / "films"))
+    assert status == 0 and "Label words: negative, positive. It is scored by accuracy." in text
+    assert rows["test"] == [
+        {"instruction": "Is this review positive or negative?", "input": "fine", "output": "positive"}
+    ]
+    assert {'it "was 3', 'it "was 4'} <= {row["input"] for row in rows["train"] + rows["val"]}
+    (tmp_path / "films.zip").write_bytes(b"PK nothing")
+    status, text = run_in(prepare, "films", "--out", str(tmp_path / "f"), "--file", str(tmp_path / "films.zip"))
+    assert status == 1 and "has no in/train.tsv" in text
+
+
+def test_the_checksums_are_those_of_the_real_files():
+    folder = shared("datasets", "e2e")
+    for name, sha256 in (prepare.SOURCES["e2e"].files["val"], prepare.SOURCES["e2e"].files["test"]):
+        assert hub.digest(os.path.join(folder, name)) == sha256
+    assert all(len(sha) == 64 for source in prepare.SOURCES.values() for _, sha, *_ in source.files.values())
+
+
+def test_the_real_alpaca_rows_become_splits_without_a_row_too_many_or_too_few(tmp_path):
+    path = shared("datasets", "alpaca", "alpaca_random_9k.json")
+    status, text = run_in(prepare, "alpaca", "--file", path, "--out", str(tmp_path / "alpaca"))
+    rows = load(str(tmp_path / "alpaca"))
+    with open(path) as f:
+        good = [row for row in json.load(f) if row["output"].strip()]
+    assert status == 0 and "left out" in text
+
+    def key(row):
+        return json.dumps([row["instruction"], row["input"], row["output"]])
+
+    assert sorted(key(row) for some in rows.values() for row in some) == sorted(map(key, good))
+    asked = [{template(row) for row in rows[name]} for name in ("train", "val", "test")]
+    assert not asked[0] & asked[1] and not asked[0] & asked[2] and not asked[1] & asked[2]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        LIMA,
+        {"instruction": LIMA["instruction"], "context": "", "response": "lima", "category": "qa"},
+        {"question": LIMA["instruction"], "answer": "lima"},
+        {"prompt": LIMA["instruction"], "completion": "lima"},
+        {"messages": [{"role": "user", "content": LIMA["instruction"]}, {"role": "assistant", "content": "lima"}]},
+        {"conversations": [{"from": "human", "value": LIMA["instruction"]}, {"from": "gpt", "value": "lima"}]},
+    ],
+)
+def test_well_known_shapes_are_recognised(row):
+    assert {key: prepare.recognise(row).get(key, "") for key in ("instruction", "input", "output")} == LIMA
+
+
+def test_of_a_longer_chat_the_last_answer_is_learned_and_the_rest_is_read():
+    chat = [
+        ("system", "be brief"),
+        ("user", "hello"),
+        ("assistant", "hi"),
+        ("user", "a ?"),
+        ("assistant", "b"),
+        ("user", "thanks"),
+    ]
+    row = prepare.recognise({"messages": [{"role": role, "content": said} for role, said in chat]})
+    assert row["instruction"] == "System: be brief\nUser: hello\nAssistant: hi\nUser: a ?" and row["output"] == "b"
+    short = prepare.from_chat([{"role": role, "content": said} for role, said in [*chat[:2], ("assistant", "hi")]])
+    assert short["instruction"] == "be brief\nhello"
+
+
+@pytest.mark.parametrize("ext", ["csv", "tsv", "json", "jsonl"])
+def test_columns_of_any_file_can_be_mapped(tmp_path, ext):
+    rows = [{"title": f"t{i}", "text": f'"quoted, a text {i}', "stars": str(i % 2), "none": ""} for i in range(40)]
+    out = io.StringIO()
+    if ext in ("csv", "tsv"):
+        how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None} if ext == "tsv" else {}
+        writer = csv.DictWriter(out, list(rows[0]), **how)
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        out.write(json.dumps(rows) if ext == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    path = written(tmp_path / f"my.{ext}", out.getvalue())
+    how = ["--map", "instruction=Is {title}, of all, good ?,input={text}", "output=stars", "--labels", "0=bad,1=good"]
+    status, said = run_in(prepare, path, *how, "--out", str(tmp_path / "my"))
+    assert status == 0, said
+    found = sorted(
+        (row["instruction"], row["input"], row["output"])
+        for some in load(str(tmp_path / "my")).values()
+        for row in some
+    )
+    assert found == sorted(
+        (f"Is t{i}, of all, good ?", f'"quoted, a text {i}', ["bad", "good"][i % 2]) for i in range(40)
+    )
+
+
+@pytest.mark.parametrize(
+    "status, args, says",
+    [
+        (1, [], "it has q, a: say what is what, --map instruction=COLUMN output=COLUMN"),
+        (1, ["--map", "instruction=x", "output=a"], "line 1: there is no column 'x' for instruction. It has: q, a"),
+        (1, ["--map", "instruction=say {x} !", "output=a"], "there is no column 'x' for instruction"),
+        (1, ["--map", "instruction=q", "output=a", "--labels", "7=seven"], "its output is '1', and --labels has 7"),
+        (2, ["--map", "instruction"], "--map takes instruction or input or output or task=COLUMN, got 'instruction'"),
+        (2, ["--map", "answer=a"], "got 'answer=a'"),
+        (2, ["--map", "output=a"], "--map wants at least instruction=... and output=..."),
+        (2, ["--labels", "1=one"], "--labels wants --map"),
+        (2, ["--file", "x"], "--file is for a public data set"),
+        (1, ["--map", "instruction=q", "output=a", "--init", "nowhere"], "no model at nowhere"),
+    ],
+)
+def test_what_cannot_be_prepared_is_one_line_and_leaves_nothing(tmp_path, status, args, says):
+    path = written(tmp_path / "my.jsonl", "".join(f'{{"q": "q{i}", "a": {i + 1}}}\n' for i in range(30)))
+    found, text = run_in(prepare, path, *args, "--out", str(tmp_path / "my"))
+    assert found == status and says in text and text.count("error: ") == 1 and "Traceback" not in text
+    assert not (tmp_path / "my").exists()
+
+
+def test_what_is_read_is_never_written_over(tmp_path):
+    rows = "".join(json.dumps({**LIMA, "instruction": f"q {i}"}) + "\n" for i in range(30))
+    path = written(tmp_path / "train.jsonl", rows)
+    status, text = run_in(prepare, path, "--out", str(tmp_path))
+    assert status == 1 and "would be written over" in text
+    assert os.listdir(tmp_path) == ["train.jsonl"] and open(path).read() == rows
+
+
+def test_the_tokens_shown_in_brackets_are_those_that_are_trained():
+    tokenizer = Tokenizer.load(os.path.join(ROOT, "data", "tiny"))
+    row = {**LIMA, "output": "lima , of course"}
+    idx, targets, _ = collate(encode([row], tokenizer, 256), 256)
+    trained = [tokenizer.decode([t]) for t in targets[0].tolist() if t >= 0]
+    assert prepare.show(row, tokenizer) == template(row) + "".join(f"[{t}]" for t in trained)
+
+
+def test_rows_counted_as_too_long_are_those_that_training_refuses(tmp_path):
+    tokenizer = Tokenizer.load(os.path.join(ROOT, "data", "tiny"))
+    rows = [{**LIMA, "input": "cat " * n} for n in range(200, 280)]
+    refused = 0
+    for row in rows:
+        try:
+            encode([row], tokenizer, 256)
+        except ValueError:
+            refused += 1
+    line = [line for line in prepare.describe({"train": rows}, tokenizer, 256, "tiny") if line.startswith("train ")][0]
+    assert 0 < refused < 80 and line.split()[-1] == str(refused)
