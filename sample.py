@@ -11,15 +11,18 @@ python sample.py --tenant out/iapt "the past of go ?" --tenant out/lora "the plu
 
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 import weights
 from baselines import build
 from checkpoint import fill, load_tuner
 from cli import Parser, UsageError, run
-from data import template
+from data import Tokenizer, template
 from iapt import IAPT
+from model import Decoder
 from tenants import Tenants
 from train import answer, open_model, pick_device
 
@@ -106,10 +109,10 @@ SHADES = ((0.4, "48;5;25;38;5;231"), (0.2, "48;5;68;38;5;231"), (0.1, "48;5;111;
 
 
 @torch.no_grad()
-def explain(model, tokenizer, tuner, prompt, color):
-    """What each soft token reads of a prompt (ids), as lines of text: its words, darker where the weight is larger.
+def reads(model: Decoder, tokenizer: Tokenizer, tuner: IAPT, prompt: list[int]) -> tuple[list[str], Tensor]:
+    """The T words of a prompt (ids), and how much each soft token of each layer reads of each: (L, P, T).
 
-    Without color the words with a weight of a twentieth or more, and their weights.
+    P is 1 where all soft tokens of a layer read the same.
     """
     read = []
     hooks = [g.register_forward_pre_hook(lambda g, given: read.append(g.reads(*given)[1][0])) for g in tuner.generators]
@@ -117,8 +120,15 @@ def explain(model, tokenizer, tuner, prompt, color):
     model.prefill(idx, torch.tensor([len(prompt)], device=idx.device), tuner)
     for hook in hooks:
         hook.remove()
-    words = [tokenizer.decode([i]).replace("\n", "\\n") for i in prompt]
-    for l, layer in enumerate(read, 1):
+    return [tokenizer.decode([i]).replace("\n", "\\n") for i in prompt], torch.stack(read)
+
+
+def explain(words: list[str], weights: Tensor, color: bool) -> Iterator[str]:
+    """What each soft token reads, weights (L, P, T), as lines of text: the words, darker where the weight is larger.
+
+    Without color the words with a weight of a twentieth or more, and their weights.
+    """
+    for l, layer in enumerate(weights, 1):
         for p, row in enumerate(layer.tolist(), 1):
             if color:
                 shades = [next((shade for least, shade in SHADES if w >= least), "0") for w in row]
@@ -153,7 +163,9 @@ def main(argv=None):
         how = dict(seed=args.seed, beams=args.beams, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
         for row, text in zip(rows, answer(model, tokenizer, rows, tuner, args.max_new, **how)):
             if args.explain:
-                yield from explain(model, tokenizer, tuner, tokenizer.prompt(template(row)), sys.stdout.isatty())
+                yield from explain(
+                    *reads(model, tokenizer, tuner, tokenizer.prompt(template(row))), sys.stdout.isatty()
+                )
             yield " ".join(text.split())
 
     if args.prompts or not sys.stdin.isatty():

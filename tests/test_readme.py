@@ -1,10 +1,17 @@
 """The README's code is the project's code."""
 
+import contextlib
 import inspect
+import io
 import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 import textwrap
 
+import pytest
 import torch
 import torch.nn as nn
 from conftest import ROOT, shake
@@ -42,9 +49,79 @@ def test_the_example_to_fork_is_the_one_in_baselines():
     assert code(block("class Mine")) == code(inspect.getsource(baselines.Mine))
 
 
+@pytest.fixture
+def copy(tmp_path):
+    """The project in a folder of its own, where commands may write."""
+    skip = shutil.ignore_patterns(".git", "out", "__pycache__", ".pytest_cache", "raw")
+    return shutil.copytree(ROOT, tmp_path / "project", ignore=skip)
+
+
+def shell(command, folder):
+    """What a command of the README prints."""
+    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_commands_marked_quick_run_and_leave_the_pictures_as_they_are(copy):
+    pytest.importorskip("matplotlib", reason="pictures want matplotlib")
+    commands = [line for code in re.findall(r"```sh quick\n(.*?)```", README, re.DOTALL) for line in code.splitlines()]
+    assert len(commands) >= 5
+    for command in commands:
+        said = shell(command, copy)
+        picture = re.search(r"--out (docs/\S+)", command)
+        if picture:  # what the README shows is what its command draws: the same shapes, if not to the last digit
+            old, new = (open(os.path.join(where, picture[1]), encoding="utf-8").read() for where in (ROOT, copy))
+            assert len(re.findall("<(?!clipPath)", new)) == len(re.findall("<(?!clipPath)", old))
+        else:
+            assert said.splitlines() == ["lima", "mice"]
+
+
+@pytest.mark.slow
+def test_console_blocks_marked_quick_are_what_the_commands_print(copy):
+    blocks = re.findall(r"```console quick\n\$ (.*?)\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for command, printed in blocks:
+        assert shell(command, copy) == printed
+
+
+def test_the_lines_for_a_notebook_train_a_method():
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(block("import torch\nfrom data"), {})
+    assert said.getvalue() == "['rome', 'havana']\n"
+
+
+@pytest.mark.slow
+def test_the_walk_through_for_a_new_idea_works_from_the_first_line_on(copy):
+    path = os.path.join(copy, "baselines.py")
+    with open(path, encoding="utf-8") as f:
+        code = f.read().replace(inspect.getsource(baselines.Mine), "").replace('"mine": Mine,', "")
+    assert "Mine" not in code
+    where = code.index("def options(")
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(f"{code[:where]}{block('class Mine')}\n\n{block('METHODS[')}\n\n{code[where:]}")
+    (steps,) = re.findall(r"```sh\n(python train.py --method mine.*?)```", README, re.DOTALL)
+    train, test, compare = steps.splitlines()
+    table = shell(f"{train} --device cpu", copy)
+    before, after = re.search(r"^test .*?% +([\d.]+) .*?% +([\d.]+)$", table, re.MULTILINE).groups()
+    assert float(after) < float(before) / 2
+    # With m left out by our own example, every generic test runs for it, on both architectures.
+    listed = shell(f"{test} --collect-only -q tests/test_every_method.py", copy)
+    generic = set(
+        re.findall(r"::(\w+)\[", shell("python -m pytest -k lora --collect-only -q tests/test_every_method.py", copy))
+    )
+    assert generic == set(re.findall(r"::(\w+)\[", listed)) and "llama" in listed and "gpt2" in listed
+    shell(f"{test} -q tests/test_every_method.py", copy)
+
+
 def test_the_file_list_names_every_file_and_its_length_within_a_tenth():
     listed = dict(re.findall(r"^\| \[([\w/\\]+\.py)\].*?\| (\d+) \|", README.replace("\\_", "_"), re.MULTILINE))
-    there = [f for f in os.listdir(ROOT) if f.endswith(".py")] + ["data/__init__.py", "data/prepare.py"]
+    there = [f for f in os.listdir(ROOT) if f.endswith(".py")] + [
+        f"data/{name}.py" for name in ("__init__", "prepare", "world")
+    ]
     assert sorted(listed) == sorted(there)
     for name, lines in listed.items():
         with open(os.path.join(ROOT, name), encoding="utf-8") as f:

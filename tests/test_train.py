@@ -70,7 +70,10 @@ def test_explain_shows_weights_of_the_instruction_s_words(trained, capsys):
     assert len(lines) == 4 * 4 and lines[0].startswith("layer  1, token 1:  ")
     model, tokenizer, (tuner,) = sample.open_checkpoints([trained], device="cpu", dtype=torch.float32)
     prompt = tokenizer.prompt("Instruction: what is the capital of peru ?\nResponse:")
-    coloured = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in sample.explain(model, tokenizer, tuner, prompt, True)]
+    coloured = [
+        re.sub(r"\x1b\[[0-9;]*m", "", line)
+        for line in sample.explain(*sample.reads(model, tokenizer, tuner, prompt), True)
+    ]
     assert all(line.endswith("what is the capital of peru ?\\nResponse:") for line in coloured)
     shown = [float(w) for w in re.findall(r"\d\.\d\d", lines[0])]
     assert shown == sorted(shown, reverse=True) and 0.3 < sum(shown) <= 1.02

@@ -1,0 +1,240 @@
+"""Pictures of what was learned, as SVG files for light and dark pages.
+
+    python pictures.py reads out/iapt "what is the capital of peru ?"   # what each soft token reads of an instruction
+    python pictures.py activations out/iapt                             # the activation of each layer, beside GELU
+    python pictures.py attention out/iapt                               # how much all that follows looks at them
+    python pictures.py curves out/iapt out/lora out/ptuning2            # validation loss, run beside run
+
+The last three want matplotlib.  A checkpoint's own data are taken where some are needed: 64 rows for validation.
+"""
+
+import html
+import json
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cli import Parser, UsageError, run
+from data import collate, encode, load, replacing, template
+from iapt import IAPT, rms
+from sample import open_checkpoints, reads
+from train import TINY, pick_device, spread
+
+GREY, COLORS = "#8b8b8b", ("#4c8dd0", "#e8833a", "#4fa84f", "#d9534f", "#9b6fc0", "#a0785a", "#d176b5", "#7a9a01")
+
+
+def plots():
+    """matplotlib.pyplot, drawing what can be read on white and on black."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ModuleNotFoundError("this picture needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    of_text = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
+    plt.rcParams.update({name: GREY for name in of_text} | {
+        "axes.prop_cycle": matplotlib.cycler(color=COLORS), "axes.spines.top": False, "axes.spines.right": False,
+        "legend.frameon": False, "savefig.transparent": True, "svg.hashsalt": "iapt", "font.size": 9,
+    })  # fmt: skip
+    return plt
+
+
+def save(figure, path: str):
+    """Write a figure of matplotlib to an SVG file, the same bytes each time."""
+    with replacing(path, "wb") as f:
+        figure.savefig(f, format="svg", bbox_inches="tight", metadata={"Date": None})
+
+
+# -- What each soft token reads ----------------------------------------------------------------------------------------
+
+STYLE = """<style>
+text { font: 13px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; fill: #24292f }
+.name { fill: #6e7781 }
+rect { fill: #4c8dd0 }
+@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .name { fill: #8b949e } }
+</style>"""
+
+
+def reads_svg(words: list[str], weights: Tensor) -> Iterator[str]:
+    """Lines of an SVG: for each soft token the words of the instruction, shaded by weights (L, P, T)."""
+    L, P, _ = weights.shape
+    width, line, left = 7.9, 21, 158  # of a character; of a line; of what names it
+    size = f"{left + width * sum(map(len, words)) + 8:.0f} {line * P * L + 8 * L:.0f}"
+    yield f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{size.split()[0]}">{STYLE}'
+    for l in range(L):
+        for p in range(P):
+            x, y = left, line * (l * P + p) + 8 * l + 15
+            yield f'<text class="name" x="0" y="{y}">layer {l + 1:2}, token {p + 1:2}</text>'
+            for word, w in zip(words, weights[l, p].tolist()):
+                wide, shown = width * len(word), word.lstrip()
+                yield f'<rect x="{x:.1f}" y="{y - 14}" width="{wide:.1f}" height="19" rx="3" opacity="{w:.2f}"/>'
+                at, wide_shown = x + wide - width * len(shown), width * len(shown)
+                yield f'<text x="{at:.1f}" y="{y}" textLength="{wide_shown:.1f}">{html.escape(shown)}</text>'
+                x += wide
+    yield "</svg>"
+
+
+def picture_reads(args, path: str):
+    """The instruction, once for each soft token, its words shaded by their weight in the pooling."""
+    model, tokenizer, tuner = opened(args.runs[0])
+    row = {"instruction": args.runs[1], "input": args.input}
+    words, weights = reads(model, tokenizer, tuner, tokenizer.prompt(template(row)))
+    with replacing(path) as f:
+        f.write("\n".join(reads_svg(words, weights)) + "\n")
+
+
+# -- Activations, attention --------------------------------------------------------------------------------------------
+
+
+def opened(path: str):
+    """(model, tokenizer, tuner) of a checkpoint of IAPT, attached."""
+    device, dtype, _ = pick_device()
+    model, tokenizer, (tuner,) = open_checkpoints([path], device=device, dtype=dtype)
+    if not isinstance(tuner, IAPT):
+        raise UsageError(f"{path} is no checkpoint of iapt: only that has generators to look into")
+    tuner.attach(model)
+    return model, tokenizer, tuner
+
+
+def batch(path: str, model, tokenizer) -> tuple[Tensor, Tensor, Tensor]:
+    """64 rows of the data that a checkpoint was validated on: idx, targets, instr, each (B, T)."""
+    from checkpoint import load_tuner
+
+    meta = load_tuner(os.path.join(path, "best.pt") if os.path.isdir(path) else path)["meta"]
+    rows = spread(load(TINY if meta["data"] == "tiny" else meta["data"], skip_bad=True)["val"], 64)
+    size = meta["block_size"]
+    return collate(encode(rows, tokenizer, size, truncate=True), size, model.wte.weight.device)
+
+
+@torch.no_grad()
+def picture_activations(args, path: str):
+    """R of each layer beside GELU, where it started, and where its inputs lie."""
+    plt = plots()
+    model, tokenizer, tuner = opened(args.runs[0])
+    seen = []
+
+    def note(g, given):
+        z, weights = g.reads(*given)
+        q = weights @ z
+        seen.append((rms(q) if g.norm else q).cpu().flatten())
+
+    hooks = [g.register_forward_pre_hook(note) for g in tuner.generators]
+    idx, _, instr = batch(args.runs[0], model, tokenizer)
+    model.hidden(idx, instr, tuner)
+    for hook in hooks:
+        hook.remove()
+    x = torch.linspace(-4, 4, 401)
+    n = len(tuner.generators)
+    columns = min(n, 4)
+    shape = -(-n // columns), columns
+    figure, axes = plt.subplots(
+        *shape, figsize=(2.3 * columns, 2.1 * shape[0]), sharex=True, sharey=True, squeeze=False
+    )
+    for l, axis in enumerate(axes.flat):
+        if l >= n:
+            axis.set_visible(False)
+            continue
+        inputs = axis.twinx()
+        inputs.hist(seen[l].numpy(), bins=60, range=(-4, 4), color=GREY, alpha=0.25)
+        axis.fill([], [], color=GREY, alpha=0.25, label="its inputs")
+        inputs.set_yticks([])
+        inputs.spines[:].set_visible(False)
+        axis.plot(x, F.gelu(x), "--", color=GREY, linewidth=1, label="GELU, its start")
+        axis.plot(x, tuner.generators[l].act(x.to(idx.device)).cpu(), color=COLORS[0], label="learned")
+        axis.set_title(f"layer {l + 1}", fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=3, bbox_to_anchor=(0.5, -0.12))
+    save(figure, path)
+
+
+@torch.no_grad()
+def attention_mass(model, tuner, idx: Tensor, targets: Tensor, instr: Tensor) -> Tensor:
+    """The share of attention that the soft tokens get from the places where a response is predicted: (L, H)."""
+    there, mass = targets >= 0, []
+
+    def watched(attn):
+        def mix(q, k, v, mask=None):
+            P = k.shape[2] - q.shape[2]
+            scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * q.shape[-1] ** -0.5
+            weights = scores.float().masked_fill(~mask, float("-inf")).softmax(-1)  # (B, H, T, P + T)
+            mass.append(weights[..., :P].sum(-1).transpose(1, 2)[there].mean(0).cpu())
+            return type(attn).mix(attn, q, k, v, mask)
+
+        return mix
+
+    for block in model.h:
+        block.attn.mix = watched(block.attn)
+    try:
+        model.hidden(idx, instr, tuner)
+    finally:
+        for block in model.h:
+            del block.attn.mix
+    return torch.stack(mass)
+
+
+def picture_attention(args, path: str):
+    """The attention that the soft tokens get, by layer and head."""
+    plt = plots()
+    model, tokenizer, tuner = opened(args.runs[0])
+    mass = attention_mass(model, tuner, *batch(args.runs[0], model, tokenizer)).numpy()
+    L, H = mass.shape
+    figure, axis = plt.subplots(figsize=(1.2 + 0.55 * H, 0.8 + 0.42 * L))
+    shown = axis.imshow(mass, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for l in range(L):
+        for h in range(H):
+            axis.text(h, l, f"{mass[l, h]:.0%}", ha="center", va="center", color="w" if mass[l, h] > 0.5 else "#222222")
+    axis.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(L))
+    axis.set(xticklabels=range(1, H + 1), yticklabels=range(1, L + 1))
+    figure.colorbar(shown).set_label("attention to soft tokens")
+    save(figure, path)
+
+
+# -- Curves ------------------------------------------------------------------------------------------------------------
+
+
+def picture_curves(args, path: str):
+    """Validation loss by step, of several runs."""
+    plt = plots()
+    figure, axis = plt.subplots(figsize=(6, 3.4))
+    for folder in args.runs:
+        log = os.path.join(folder, "log.jsonl")
+        if not os.path.exists(log):
+            raise FileNotFoundError(f"no {log}: curves are of folders of runs")
+        with open(log, encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f]
+        name = os.path.basename(os.path.normpath(folder))
+        axis.plot([row["step"] for row in rows], [row["val"] for row in rows], label=name)
+    axis.set(xlabel="step", ylabel="validation loss (nats per token)", yscale="log")
+    axis.legend(loc="upper right")
+    save(figure, path)
+
+
+PICTURES = {
+    "reads": picture_reads, "activations": picture_activations, "attention": picture_attention, "curves": picture_curves
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None):
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("picture", choices=list(PICTURES), help="what to draw")
+    add("runs", nargs="+", metavar="run", help="folder of a run, or several for curves; for reads, then an instruction")
+    add("--input", default="", help="for reads: what the instruction is about")
+    add("--out", help="the file (default: out/PICTURE.svg)")
+    args = parser.parse_args(argv)
+    wanted = {"reads": (2, 2), "curves": (1, len(COLORS))}.get(args.picture, (1, 1))
+    if not wanted[0] <= len(args.runs) <= wanted[1]:
+        parser.error(
+            f"{args.picture} takes {'a run and an instruction' if wanted == (2, 2) else f'up to {wanted[1]} runs'}"
+        )
+    path = args.out or os.path.join("out", f"{args.picture}.svg")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    PICTURES[args.picture](args, path)
+    print(f"saved {path}")
+
+
+if __name__ == "__main__":
+    run(main)

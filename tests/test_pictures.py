@@ -1,0 +1,111 @@
+"""Pictures show what is there."""
+
+import builtins
+import os
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+from conftest import small_model
+from test_train import SMALL, rows, run_in  # noqa: F401  (rows is a fixture)
+
+import pictures
+import train
+from baselines import build
+
+
+@pytest.fixture(scope="session")
+def runs(rows, tmp_path_factory):  # noqa: F811
+    """Folders of two short runs, of IAPT and of LoRA."""
+    folder = tmp_path_factory.mktemp("runs")
+    for method in ("iapt", "lora"):
+        train.main([*SMALL, "--data", rows, "--method", method, "--out", str(folder / method)])
+    return {method: str(folder / method) for method in ("iapt", "lora")}
+
+
+def texts(path):
+    return [node.text for node in ET.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_the_words_and_shades_are_those_of_the_pooling(tmp_path):
+    weights = torch.tensor([[[0.25, 0.75], [1.0, 0.0]]])
+    path = tmp_path / "x.svg"
+    path.write_text("\n".join(pictures.reads_svg(["<a", " & b"], weights)))
+    assert texts(path) == ["layer  1, token  1", "<a", "& b", "layer  1, token  2", "<a", "& b"]
+    shades = [float(node.get("opacity")) for node in ET.parse(path).iter("{http://www.w3.org/2000/svg}rect")]
+    assert shades == weights.flatten().tolist()
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+@pytest.mark.parametrize("space", ["kv", "hidden"])
+def test_attention_that_does_not_distinguish_goes_to_soft_tokens_by_their_number(arch, space):
+    """With queries of zero every place gets the same: of what token t sees, P of P + t + 1 are soft tokens."""
+    model = small_model(arch)
+    for block in model.h:
+        torch.nn.init.zeros_(block.attn.q.weight)
+        if block.attn.q.bias is not None:
+            torch.nn.init.zeros_(block.attn.q.bias)
+    tuner = build("iapt", model.config, ["P=3", f"space={space}"])
+    idx, t = torch.randint(10, 50, (2, 9)), torch.arange(9)
+    targets = torch.where(t[None] >= torch.tensor([[4], [6]]), idx, -1)
+    before = model(idx, t[None] < 4, tuner)
+    mass = pictures.attention_mass(model, tuner, idx, targets, t[None].expand(2, -1) < 4)
+    wanted = (3 / (3 + t + 1)).expand(2, -1)[targets >= 0].mean()
+    torch.testing.assert_close(mass, wanted.expand_as(mass))
+    assert torch.equal(model(idx, t[None] < 4, tuner), before)  # and the model is as it was
+
+
+@pytest.mark.parametrize("picture", list(pictures.PICTURES))
+def test_a_picture_is_an_svg_file_and_the_same_each_time(picture, runs, tmp_path):
+    if picture != "reads":
+        pytest.importorskip("matplotlib", reason="pictures but `reads` want matplotlib")
+    given = {"reads": [runs["iapt"], "the past of go ?"], "curves": list(runs.values())}.get(picture, [runs["iapt"]])
+    content = []
+    for name in "ab":
+        path = tmp_path / f"{name}.svg"
+        assert run_in(pictures, picture, *given, "--out", str(path))[0] == 0
+        assert ET.parse(path).getroot().tag.endswith("svg")
+        content.append(path.read_bytes())
+    assert content[0] == content[1]
+
+
+@pytest.mark.parametrize("options", ["one_act=1", "pool=mean", "share=2", "norm=0", "activation=tanh"])
+def test_every_form_of_iapt_can_be_looked_into(options, rows, tmp_path):  # noqa: F811
+    pytest.importorskip("matplotlib", reason="activations want matplotlib")
+    train.main([*SMALL, "--data", rows, "--out", str(tmp_path / "run"), "-o", options])
+    for picture, *more in (("activations",), ("reads", "the past of go ?"), ("attention",)):
+        path = str(tmp_path / "x.svg")
+        status, text = run_in(pictures, picture, str(tmp_path / "run"), *more, "--out", path)
+        assert status == 0, text
+        assert ET.parse(path).getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize(
+    "status, args, says",
+    [
+        (2, ["activations", "lora"], "only that has generators to look into"),
+        (2, ["reads", "iapt"], "reads takes a run and an instruction"),
+        (1, ["curves", "nowhere"], "no nowhere/log.jsonl: curves are of folders of runs"),
+        (1, ["activations", "nowhere"], "no checkpoint at nowhere"),
+        (2, ["dance", "iapt"], "invalid choice: 'dance'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(status, args, says, runs, tmp_path):
+    if args[0] != "reads" and args[0] != "dance":
+        pytest.importorskip("matplotlib", reason="pictures but `reads` want matplotlib")
+    found, text = run_in(pictures, *(runs.get(arg, arg) for arg in args), "--out", str(tmp_path / "x.svg"))
+    assert found == status and says in text and text.count("error: ") == 1
+    assert not os.path.exists(tmp_path / "x.svg")
+
+
+def test_without_matplotlib_it_says_how_to_get_it(runs, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    status, text = run_in(pictures, "curves", runs["iapt"], "--out", str(tmp_path / "x.svg"))
+    assert status == 1 and text == "error: this picture needs matplotlib: pip install matplotlib\n"
