@@ -20,15 +20,17 @@ Each class reads alone.  Letters for shapes are those of model.py.
 """
 
 import inspect
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 from cli import UsageError
 from iapt import IAPT, Tuner, mean_pool, split_kv
-from model import Block, Decoder, norm
+from model import Block, Config, Decoder, norm
 
 
 class PTuning2(Tuner):
@@ -40,13 +42,13 @@ class PTuning2(Tuner):
 
     lr = 5e-2
 
-    def __init__(self, config, P: int = 16):
+    def __init__(self, config: Config, P: int = 16):
         super().__init__()
         self.head_dim = config.head_dim
         out = 2 * config.n_kv_head * config.head_dim
         self.static = nn.ParameterList(torch.randn(P, out) * 0.1 for _ in range(config.n_layer))
 
-    def kv(self, block, l, x, instr):
+    def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor, None]:
         return split_kv(self.static[l].expand(len(x), -1, -1), self.head_dim)
 
 
@@ -58,11 +60,11 @@ class Static(Tuner):
 
     lr = 5e-2
 
-    def __init__(self, config, P: int = 16):
+    def __init__(self, config: Config, P: int = 16):
         super().__init__()
         self.static = nn.ParameterList(torch.randn(P, config.n_embd) * 0.1 for _ in range(config.n_layer))
 
-    def prompt(self, l, x, instr):
+    def prompt(self, l: int, x: Tensor, instr: Tensor) -> Tensor:
         return self.static[l].expand(len(x), -1, -1)
 
 
@@ -75,21 +77,22 @@ class PrefixTuning(Tuner):
 
     lr = 5e-3
 
-    def __init__(self, config, P: int = 10, hidden: int = 512):
+    def __init__(self, config: Config, P: int = 10, hidden: int = 512):
         super().__init__()
         self.config, out = config, 2 * config.n_kv_head * config.head_dim
         self.tokens = nn.Parameter(torch.randn(P, config.n_embd))
         self.down = nn.Linear(config.n_embd, hidden)
         self.up = nn.ModuleList(nn.Linear(hidden, out) for _ in range(config.n_layer))
 
-    def keys_and_values(self, l):
-        return self.up[l](self.down(self.tokens).tanh())  # (P, 2 G D)
+    def keys_and_values(self, l: int) -> Tensor:
+        """Layer l's soft tokens, as they are now: (P, 2 G D)."""
+        return self.up[l](self.down(self.tokens).tanh())
 
-    def kv(self, block, l, x, instr):
+    def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor, None]:
         return split_kv(self.keys_and_values(l).expand(len(x), -1, -1), self.config.head_dim)
 
     @torch.no_grad()
-    def drop(self):
+    def drop(self) -> PTuning2:
         """The same soft tokens without the MLP: a PTuning2."""
         plain = PTuning2(self.config, P=len(self.tokens)).to(self.tokens.device)
         for l, static in enumerate(plain.static):
@@ -102,27 +105,27 @@ class PromptTuning(Tuner):
 
     lr = 1e-2
 
-    def __init__(self, config, P: int = 20):
+    def __init__(self, config: Config, P: int = 20):
         super().__init__()
         self.soft = nn.Parameter(torch.zeros(P, config.n_embd))
 
-    def start(self, model):
+    def start(self, model: Decoder):
         start_as_tokens(self.soft, model)
 
-    def embed(self, x, instr):
+    def embed(self, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor, None]:
         (B, T, _), P = x.shape, len(self.soft)
         at = torch.arange(P, P + T, device=x.device).expand(B, T)
         return torch.cat((self.soft.to(x.dtype).expand(B, -1, -1), x), 1), at, None
 
 
 @torch.no_grad()
-def start_as_tokens(soft, model):
+def start_as_tokens(soft: Tensor, model: Decoder):
     """Set soft (.., C) to embeddings of tokens drawn at random: the best start that arXiv 2104.08691 found."""
     soft.copy_(model.wte.weight[torch.randint(len(model.wte.weight), soft.shape[:-1])])
 
 
-def mean_state(x, instr):
-    """The instruction's mean state (B, 1, C), in fp32."""
+def mean_state(x: Tensor, instr: Tensor) -> Tensor:
+    """The instruction's mean state (B, 1, C), in fp32, of x (B, T, C)."""
     return mean_pool(x.float(), None, instr) @ x.float()
 
 
@@ -143,7 +146,9 @@ class Dynamic(Tuner):
 
     lr = 1e-2
 
-    def __init__(self, config, P: int = 10, position: Position = "instance", length: bool = False, pool: int = 1):
+    def __init__(
+        self, config: Config, P: int = 10, position: Position = "instance", length: bool = False, pool: int = 1
+    ):
         super().__init__()
         C = config.n_embd
         self.soft = nn.Parameter(torch.zeros(pool, P, C))
@@ -153,18 +158,19 @@ class Dynamic(Tuner):
         self.logits = nn.Parameter(torch.zeros(P + 1)) if position == "task" else None
         self.register_buffer("tau", torch.tensor(1.0), persistent=False)
 
-    def start(self, model):
+    def start(self, model: Decoder):
         start_as_tokens(self.soft, model)
 
-    def progress(self, done):
+    def progress(self, done: float):
         self.tau.fill_(1 - done / 2)
 
-    def choose(self, logits):
+    def choose(self, logits: Tensor) -> Tensor:
+        """One of the n choices in each row of logits (.., n), one-hot: drawn while training, else the likeliest."""
         if self.training:
             return F.gumbel_softmax(logits, self.tau, hard=True)
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
 
-    def embed(self, x, instr):
+    def embed(self, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (B, T, _), P = x.shape, self.soft.shape[1]
         mean = mean_state(x, instr)[:, 0]  # (B, C)
         soft = self.soft[0].expand(B, -1, -1)
@@ -185,7 +191,7 @@ class Dynamic(Tuner):
         return torch.einsum("bi,bitc->btc", split.to(x.dtype), every), at, torch.arange(P + T, device=x.device) >= P - n
 
 
-def layouts(P, T, n, instr):
+def layouts(P: int, T: int, n: Tensor, instr: Tensor) -> tuple[Tensor, Tensor]:
     """The P+1 ways to stand n (B, 1) of P soft tokens around the instruction among T tokens.
 
     Layout i: the P - n unused soft tokens, min(i, n) soft tokens, the instruction, the other soft tokens, the rest.
@@ -212,7 +218,7 @@ class Hooked(Tuner):
         super().__init__()
         self.hooks = []
 
-    def hook(self, module, f):
+    def hook(self, module: nn.Module, f: Callable[[Tensor, Tensor], Tensor]):
         """From now on `module` gives f(x, y) where it gave y for x; what trains is in fp32, x and y may not be."""
 
         def g(_, inputs, y):
@@ -239,7 +245,7 @@ class LoRA(Hooked):
 
     lr = 5e-3
 
-    def __init__(self, config, r: int = 8, alpha: float = 16.0, on: str = "q,v"):
+    def __init__(self, config: Config, r: int = 8, alpha: float = 16.0, on: str = "q,v"):
         super().__init__()
         with torch.device("meta"):
             linear = {name: m for name, m in Block(config).named_modules() if isinstance(m, nn.Linear)}
@@ -254,16 +260,16 @@ class LoRA(Hooked):
         for a in self.A:
             nn.init.kaiming_uniform_(a, a=5**0.5)
 
-    def sites(self, model):
-        """(linear layer, its A, its B), one after the other."""
+    def sites(self, model: Decoder) -> Iterator[tuple[nn.Linear, Tensor, Tensor]]:
+        """(linear layer, its A (r, in), its B (out, r)), one after the other."""
         return zip([block.get_submodule(name) for block in model.h for name in self.on], self.A, self.B, strict=True)
 
-    def attach(self, model):
+    def attach(self, model: Decoder):
         for linear, a, b in self.sites(model):
             self.hook(linear, lambda x, y, a=a, b=b: y + self.scale * F.linear(F.linear(x.float(), a), b))
 
     @torch.no_grad()
-    def merge(self, model):
+    def merge(self, model: Decoder):
         """Add the updates to the model's weights and detach: the tuned model, at the frozen model's cost."""
         self.detach()
         for linear, a, b in self.sites(model):
@@ -278,7 +284,7 @@ class Adapter(Hooked):
 
     lr = 2e-3
 
-    def __init__(self, config, m: int = 8):
+    def __init__(self, config: Config, m: int = 8):
         super().__init__()
         C, L = config.n_embd, config.n_layer
         self.adapters = nn.ModuleList(nn.Sequential(nn.Linear(C, m), nn.GELU(), nn.Linear(m, C)) for _ in range(2 * L))
@@ -287,16 +293,16 @@ class Adapter(Hooked):
             nn.init.zeros_(adapter[2].bias)
         self.norms = nn.ModuleList(norm(config) for _ in range(2 * L + 1))
 
-    def pairs(self, model):
+    def pairs(self, model: Decoder) -> Iterator[tuple[nn.Module, nn.Module]]:
         """(the model's norm, ours): ours train, the model's stay as they are."""
         frozen = [m for block in model.h for m in (block.ln_1, block.ln_2)] + [model.ln_f]
         return zip(frozen, self.norms, strict=True)
 
-    def start(self, model):
+    def start(self, model: Decoder):
         for frozen, ours in self.pairs(model):
             ours.load_state_dict(frozen.state_dict())
 
-    def attach(self, model):
+    def attach(self, model: Decoder):
         for module, adapter in zip([m for block in model.h for m in (block.attn.o, block.mlp)], self.adapters):
             self.hook(module, lambda x, y, adapter=adapter: y + adapter(y.float()))
         for frozen, ours in self.pairs(model):
@@ -308,20 +314,20 @@ class Full(Tuner):
 
     lr = 1e-3
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         self.model, self.frozen = Decoder(config), {}
 
-    def start(self, model):
+    def start(self, model: Decoder):
         self.model.load_state_dict(model.state_dict())
 
-    def attach(self, model):
+    def attach(self, model: Decoder):
         self.frozen = {"of": model, "parts": dict(model.named_children())}
         for name, part in self.model.named_children():
             setattr(model, name, part)
 
     def detach(self):
-        for name, part in self.frozen["parts"].items():
+        for name, part in self.frozen.get("parts", {}).items():
             setattr(self.frozen["of"], name, part)
 
 
@@ -333,11 +339,11 @@ class CaPT(Tuner):
 
     lr = 5e-2
 
-    def __init__(self, config, P: int = 1):
+    def __init__(self, config: Config, P: int = 1):
         super().__init__()
         self.p = nn.ParameterList(torch.randn(P, config.n_embd) * 0.1 for _ in range(config.n_layer))
 
-    def prompt(self, l, x, instr):
+    def prompt(self, l: int, x: Tensor, instr: Tensor) -> Tensor:
         return self.p[l] + mean_state(x, instr)  # (P, C) + (B, 1, C)
 
 
@@ -361,10 +367,10 @@ METHODS = {
 }  # fmt: skip
 
 
-def options(cls, name, given):
+def options(cls: type[Tuner], name: str, given: Iterable[str]) -> dict:
     """['P=8', ...] -> {'P': 8}, checked against a class's arguments: names, types of the defaults, choices.
 
-    A whole number is a size: at least 1, or 0 where that is the default.
+    A whole number is a size: at least 1, or 0 where that is the default.  Raises UsageError, which names the method.
     """
     known = {k: p for k, p in inspect.signature(cls).parameters.items() if isinstance(p.default, (int, float, str))}
     out = {}
@@ -388,8 +394,8 @@ def options(cls, name, given):
     return out
 
 
-def build(name, config, given=()):
-    """A method's tuner by its name, with options as on the command line."""
+def build(name: str, config: Config, given: Iterable[str] = ()) -> Tuner:
+    """A method's tuner by its name, with options as on the command line.  Raises UsageError if one of them is wrong."""
     if name not in METHODS:
         raise UsageError(f"no method {name!r}. There are: {', '.join(METHODS)}")
     return METHODS[name](config, **options(METHODS[name], name, given))

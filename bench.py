@@ -15,11 +15,14 @@ installed they are among the rivals.
 import os
 import statistics
 import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 import iapt
@@ -34,7 +37,7 @@ from tenants import Tenants
 from train import pick_device
 
 
-def interleaved(rivals, rounds, device, title):
+def interleaved(rivals: dict[str, Callable], rounds: int, device: str, title: str) -> dict[str, list[float]]:
     """Call each of {name: f} once to warm up, then all in turn: {name: seconds of each round}."""
     seconds = {name: [] for name in rivals}
     for i in tqdm(range(rounds + 1), desc=title, unit="round", leave=False):
@@ -48,19 +51,20 @@ def interleaved(rivals, rounds, device, title):
     return seconds
 
 
-def ratio(seconds, name, base):
+def ratio(seconds: dict[str, list[float]], name: str, base: str) -> list[float]:
     """[median, lower, upper quartile] of the time of `name` as a multiple of that of `base`."""
     each = [a / b for a, b in zip(seconds[name], seconds[base])]
     low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
     return [middle, low, high]
 
 
-def shown(three):
+def shown(three: list[float]) -> str:
+    """What `ratio` gives, as text."""
     return f"{three[0]:.2f} ({three[1]:.2f} to {three[2]:.2f})"
 
 
-def report(args, name, rows, notes=()):
-    """Print rows (dicts of the same keys) as a Markdown table, and save them."""
+def report(args: Namespace, name: str, rows: list[dict], notes: Iterable[str] = ()):
+    """Print rows (dicts of the same keys) as a Markdown table, and save them; the notes follow it."""
     keys = list(rows[0])
     lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
     lines += [
@@ -80,8 +84,8 @@ def report(args, name, rows, notes=()):
 # -- The rational activation -------------------------------------------------------------------------------------------
 
 
-def plain(x, a, b):
-    """What one would write: Horner's rule, left to autograd."""
+def plain(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """R(x), as one would write it: Horner's rule, left to autograd."""
     n, s = torch.zeros_like(x), torch.zeros_like(x)
     for c in a.flip(0):
         n = n * x + c
@@ -90,7 +94,8 @@ def plain(x, a, b):
     return n / (1 + s.abs())
 
 
-def rational(args):
+def rational(args: Namespace):
+    """Time, memory and error of our activation, beside GELU and the plain form."""
     coefficients = [p.detach().to(args.device) for p in Rational().parameters()]
     dtypes = [torch.float32, torch.bfloat16] if args.device.startswith("cuda") else [torch.float32]
     compiled = {
@@ -152,7 +157,7 @@ def rational(args):
     report(args, "rational", rows)
 
 
-def kept(f, x, coefficients):
+def kept(f: Callable, x: Tensor, coefficients: Sequence[Tensor]) -> float:
     """Bytes that f keeps for the backward pass, beside the coefficients, as a multiple of x's."""
     storages = {}
 
@@ -181,7 +186,8 @@ SHAPES = {
 HUB = find_spec("transformers") is not None and find_spec("peft") is not None  # rivals, where they are installed
 
 
-def random_model(name, args):
+def random_model(name: str, args: Namespace) -> Decoder:
+    """A frozen model of one of SHAPES."""
     with torch.device(args.device):
         torch.set_default_dtype(args.dtype)
         model = Decoder(Config(**SHAPES[name])).requires_grad_(False)
@@ -189,7 +195,7 @@ def random_model(name, args):
     return model
 
 
-def hub_model(name, args):
+def hub_model(name: str, args: Namespace) -> nn.Module:
     """The same shape in transformers."""
     import transformers as hub
 
@@ -210,21 +216,22 @@ def hub_model(name, args):
 class Floor(Tuner):
     """What no method that tunes at the first layer can be cheaper than: forward, and backward for activations alone."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         self.zero = nn.Parameter(torch.zeros(config.n_embd))
 
-    def embed(self, x, instr):
+    def embed(self, x: Tensor, instr: Tensor) -> tuple[Tensor, None, None]:
         return x + self.zero.to(x.dtype), None, None
 
 
-def step(args):
+def step(args: Namespace):
+    """A training step of each method, on each shape asked for."""
     rows = [row for name in args.shapes.split(",") for row in steps(name, args)]
     report(args, "step", rows, ["Half of the tokens are instruction, half response."])
 
 
-def steps(name, args):
-    """A training step of each rival on one shape: gradients and AdamW."""
+def steps(name: str, args: Namespace) -> Iterator[dict]:
+    """Rows of a table: a training step of each rival on one shape, gradients and AdamW."""
     B, T, V = args.rows, args.tokens, SHAPES[name]["vocab_size"]
     idx = torch.randint(V, (B, T), device=args.device)
     instr = torch.arange(T, device=args.device).expand(B, T) < T // 2
@@ -270,7 +277,7 @@ def steps(name, args):
         }  # fmt: skip
 
 
-def hub_tuners(name, args):
+def hub_tuners(name: str, args: Namespace) -> Iterator[tuple[str, nn.Module]]:
     """peft's prefix-tuning and LoRA on the same shape, where it is installed."""
     if not HUB:
         return
@@ -287,8 +294,8 @@ def hub_tuners(name, args):
 # -- Many tenants ------------------------------------------------------------------------------------------------------
 
 
-def served(model, tuner, idx, new, beams):
-    """Read prompts and write `new` tokens: seconds for the tokens (None with beams), and for all of it."""
+def served(model: Decoder, tuner: Tuner, idx: Tensor, new: int, beams: int) -> tuple[float | None, float]:
+    """Read prompts idx (B, T), write `new` tokens: seconds for the tokens (None with beams), and for all of it."""
     sync = (lambda: torch.cuda.synchronize(idx.device)) if idx.is_cuda else (lambda: None)
     length = torch.full((len(idx),), idx.shape[1], device=idx.device)
     sync()
@@ -307,7 +314,8 @@ def served(model, tuner, idx, new, beams):
     return end - middle, end - begin
 
 
-def serve(args):
+def serve(args: Namespace):
+    """Batches of many tenants, on each shape asked for."""
     rows = []
     for name in args.shapes.split(","):
         model = random_model(name, args)
@@ -318,8 +326,8 @@ def serve(args):
     report(args, "serve", rows, [f"Prompts of {args.tokens} tokens, {args.new} new ones each."])
 
 
-def mixed(name, model, n, beams, args):
-    """n tenants in one batch, by method, against the frozen model."""
+def mixed(name: str, model: Decoder, n: int, beams: int, args: Namespace) -> Iterator[dict]:
+    """Rows of a table: n tenants in one batch, by method, against the frozen model."""
     B = max(args.rows, n)
     idx = torch.randint(model.config.vocab_size, (B, args.tokens), device=args.device)
 
@@ -350,8 +358,8 @@ def mixed(name, model, n, beams, args):
         }  # fmt: skip
 
 
-def against_peft(name, model, args):
-    """peft's LoRA with an adapter for each row of a mixed batch, against its own frozen model and our IAPT."""
+def against_peft(name: str, model: Decoder, args: Namespace) -> Iterator[dict]:
+    """Rows of a table: peft's LoRA with an adapter for each row of a batch, against its frozen model and our IAPT."""
     n = args.rows
     if not HUB:
         return
@@ -388,7 +396,8 @@ def against_peft(name, model, args):
 # -- The command line --------------------------------------------------------------------------------------------------
 
 
-def parse(argv=None):
+def parse(argv: list[str] | None = None) -> Namespace:
+    """The command line.  Stops with a line and status 2 if it asks for what there is not."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     compare = commands.add_parser("quality", help="every method at equal budget", description=quality.__doc__)
@@ -426,7 +435,8 @@ def parse(argv=None):
     return args
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None):
+    """Measure what the command line asks for."""
     args = parse(argv)
     if args.command == "quality":
         return quality.main(args)

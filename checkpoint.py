@@ -18,6 +18,7 @@ import zipfile
 import torch
 
 from data import replacing
+from iapt import Tuner
 
 try:
     import fcntl
@@ -28,24 +29,30 @@ FILES = ("last.pt", "best.pt", "log.jsonl", "previous.pt")
 HELD = {}  # lock files, open, by path
 
 
-def save_tuner(path, tuner, meta, **more):
-    """Write a checkpoint: the trained tensors, nothing frozen, and `meta`, which says what they are."""
+def save_tuner(path: str, tuner: Tuner, meta: dict, **more):
+    """Write a checkpoint: the trained tensors, nothing frozen, and `meta`, which says what they are.
+
+    `more` goes in beside them, and must be such that torch.load reads it without running code.
+    """
     content = io.BytesIO()
     torch.save({"tuner": tuner.state_dict(), "meta": meta, **more}, content)
     with replacing(path, "wb") as f:  # in one go: torch.save itself would hide why a disk refuses
         f.write(content.getbuffer())
 
 
-def fill(tuner, content, path):
-    """Put a checkpoint's tensors into a tuner.  Raises ValueError if they are of another shape."""
+def fill(tuner: Tuner, content: dict, path: str):
+    """Put a checkpoint's tensors into a tuner.  Raises ValueError, which names `path`, if they do not fit it."""
     try:
         tuner.load_state_dict(content["tuner"])
     except RuntimeError as e:
         raise ValueError(f"{path} does not fit this model: {str(e).splitlines()[-1].strip()[:200]}") from None
 
 
-def load_tuner(path):
-    """A checkpoint's content.  Never unpickles code; raises ValueError for what is not a checkpoint."""
+def load_tuner(path: str) -> dict:
+    """A checkpoint's content, on the CPU: `tuner`, its tensors by name, `meta`, and what else was saved.
+
+    Never unpickles code.  Raises ValueError for what is not a checkpoint, FileNotFoundError if there is nothing.
+    """
     try:
         with zipfile.ZipFile(path) as z:  # torch.load does not look at the checksums that torch.save wrote
             if z.testzip():
@@ -62,7 +69,7 @@ def load_tuner(path):
     return content
 
 
-def claim(folder, force=False):
+def claim(folder: str, force: bool = False):
     """Make a folder and keep it for this process as long as it lives; with force, remove the run that is in it.
 
     Raises FileExistsError if another process has it.
@@ -81,7 +88,7 @@ def claim(folder, force=False):
             os.remove(path)
 
 
-def resumable(path, previous, meta):
+def resumable(path: str, previous: str, meta: dict) -> dict:
     """The content of last.pt, or of previous.pt if that is damaged.  Raises ValueError if it is of another run."""
     try:
         saved = load_tuner(path)
@@ -98,7 +105,7 @@ def resumable(path, previous, meta):
     return saved
 
 
-def keep_lines(log, step):
+def keep_lines(log: str, step: int):
     """Drop from a log what was written after `step` (0: all of it), and a last line that was not finished."""
     lines = []
     if step and os.path.exists(log):
@@ -108,7 +115,7 @@ def keep_lines(log, step):
         f.writelines(lines)
 
 
-def replace_by_link(path, other):
+def replace_by_link(path: str, other: str):
     """Make `other` a second name of what `path` is now, whatever it was; a copy where there are no such links."""
     tmp = f"{other}.{os.getpid()}.tmp"
     try:

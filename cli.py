@@ -22,6 +22,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **how})
 
     def error(self, message: str):
+        """One line, and exit status 2."""
         self.exit(2, f"error: {message} ({self.prog} --help shows the options)\n")
 
 

@@ -39,7 +39,7 @@ OTHERS = ("config.json", "vocab.json", "tokenizer.json", "tokenizer_config.json"
 TRIES, PAUSE, TIMEOUT = 5, 1.0, 30.0  # attempts without progress; seconds between them; seconds without a byte
 
 
-def find(name):
+def find(name: str) -> str:
     """The folder of a model.  Raises OSError or ValueError in one line that says what to do."""
     if os.path.isdir(name):
         return name
@@ -55,16 +55,18 @@ def find(name):
     return download(repo)
 
 
-def cache():
+def cache() -> str:
+    """The cache's folder: HF_HUB_CACHE, or HF_HOME/hub."""
     home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
     return os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
 
 
-def place(repo, *path):
+def place(repo: str, *path: str) -> str:
+    """Where the cache has, or would have, what belongs to a model."""
     return os.path.join(cache(), "models--" + repo.replace("/", "--"), *path)
 
 
-def cached(repo):
+def cached(repo: str) -> str | None:
     """The folder of the cache's `main`, if all of it is there; else None."""
     with contextlib.suppress(OSError, ValueError):
         with open(place(repo, "refs", "main"), encoding="utf-8") as f:
@@ -76,16 +78,19 @@ def cached(repo):
     return None
 
 
-def shards(folder, kind):
-    """The files that an index names."""
+def shards(folder: str, kind: str) -> set[str]:
+    """The files that the index of `kind`, one of WEIGHTS, names."""
     return set(read_index(os.path.join(folder, f"{kind}.index.json")).values())
 
 
 # -- Download ----------------------------------------------------------------------------------------------------------
 
 
-def download(repo):
-    """Fetch what a model needs into the cache; what is whole already is left.  The reference to it is written last."""
+def download(repo: str) -> str:
+    """Fetch what a model needs into the cache; what is whole already is left.  The reference to it is written last.
+
+    Returns the folder.  Raises OSError or ValueError, as `find` does.
+    """
     try:
         with request(f"api/models/{repo}/revision/main?blobs=true", repo) as answer:
             info = json.load(answer)
@@ -119,12 +124,13 @@ def download(repo):
     return folder
 
 
-def endpoint():
+def endpoint() -> str:
+    """The server: HF_ENDPOINT, or the hub."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
-def request(path, repo, start=0):
-    """Open a path of the hub, from byte `start` on."""
+def request(path: str, repo: str, start: int = 0) -> http.client.HTTPResponse:
+    """Open a path of the hub, from byte `start` on.  Raises OSError: by name where the model is missing or gated."""
     query = urllib.request.Request(f"{endpoint()}/{path}", headers={"Range": f"bytes={start}-"} if start else {})
     token = os.environ.get("HF_TOKEN")
     if token:  # unredirected: the hub sends us on to other servers, which must not see it
@@ -201,7 +207,10 @@ def receive(ask: Callable, f: BinaryIO, size: int | None, name: str):
                         f.seek(f.truncate(0))
                         bar.reset()
                         before = 0
-                    bar.total = size = size or before + int(answer.headers["Content-Length"])
+                    length = answer.headers["Content-Length"]
+                    if size is None and not length:
+                        raise http.client.HTTPException("the server does not say how long it is")
+                    bar.total = size = size or before + int(length)
                     while chunk := answer.read1(min(1 << 20, size - f.tell())):
                         f.write(chunk)
                         bar.update(len(chunk))

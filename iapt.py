@@ -22,11 +22,15 @@ tokens, C n_embd, G key/value heads, D head size, L layers; and m for the bottle
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+
+from model import Block, Config, Decoder
 
 # -- The interface -----------------------------------------------------------------------------------------------------
 
@@ -41,19 +45,19 @@ class Tuner(nn.Module):
 
     lr = 1e-2  # what train.py takes for --lr
 
-    def start(self, model):
+    def start(self, model: Decoder):
         """Once, before training: parameters that start from the frozen model's own."""
 
-    def attach(self, model):
+    def attach(self, model: Decoder):
         """Before training or use: put hooks on the frozen model's modules."""
 
     def detach(self):
         """Leave the model as attach found it."""
 
-    def progress(self, done):
+    def progress(self, done: float):
         """Before each training step: the share of training that is over, 0 to 1, for what anneals."""
 
-    def embed(self, x, instr):
+    def embed(self, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Once a sequence: embeddings x (B, T, C) -> x with soft tokens (B, T', C), at (B, T), keep (B, T').
 
         at says where the tokens went.  Soft tokens stand among a row's tokens or right after them, before its padding,
@@ -61,11 +65,11 @@ class Tuner(nn.Module):
         """
         return x, None, None
 
-    def prompt(self, l, x, instr):
+    def prompt(self, l: int, x: Tensor, instr: Tensor) -> Tensor | None:
         """Once a layer: the hidden states x (B, T, C) that enter layer l -> its soft tokens (B, P, C), or None."""
         return None
 
-    def kv(self, block, l, x, instr):
+    def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Once a layer: keys and values of its soft tokens, (k, v, keep) with k, v (B, G, P, D), or None.
 
         Each layer's soft tokens replace those of the layer below, so nothing reads what becomes of one: only its key
@@ -75,11 +79,11 @@ class Tuner(nn.Module):
         s = self.prompt(l, x, instr)
         return None if s is None else (*block.soft_kv(s.to(x.dtype)), None)
 
-    def groups(self, lr):
+    def groups(self, lr: float) -> list[dict]:
         """Parameter groups for the optimizer, where some parameters want another rate than lr."""
         return [{"params": list(self.parameters()), "lr": lr}]
 
-    def upper(self):
+    def upper(self) -> list[nn.Parameter]:
         """The upper level of `train.py --bilevel`: the parameters that learn on held-out batches."""
         return []
 
@@ -119,13 +123,15 @@ class RationalFunction(torch.autograd.Function):
         return compiled(rational_gradients, x)(x, a, b, g)
 
 
-def rational(x, a, b):
+def rational(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """R(x), of the shape and dtype of x."""
     t = x.to(torch.promote_types(x.dtype, torch.float32))
     n, s = polynomial(t, a), polynomial(t, [0.0, *b])
     return n.div_(s.abs_().add_(1)).to(x.dtype)
 
 
-def rational_gradients(x, a, b, g):
+def rational_gradients(x: Tensor, a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by x, a and b, given g, that by R(x)."""
     t = x.to(torch.promote_types(x.dtype, torch.float32))
     (n, dn), (s, ds) = polynomial(t, a, slope=True), polynomial(t, [0.0, *b], slope=True)
     sign, d = s.sign(), s.abs_().add_(1)
@@ -142,7 +148,7 @@ def rational_gradients(x, a, b, g):
     return dx.to(x.dtype), sums[: len(a)].to(a.dtype), sums[len(a) :].to(b.dtype)
 
 
-def polynomial(x, c, slope=False):
+def polynomial(x: Tensor, c: Tensor | list, slope: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """c_0 + c_1 x + c_2 x^2 + ..., and its derivative if asked, by Horner's rule: no power of x is ever formed."""
     y, dy = torch.zeros_like(x).add_(c[-1]), torch.zeros_like(x) if slope else None
     for j in reversed(range(len(c) - 1)):
@@ -156,11 +162,12 @@ LARGE = 2**20  # elements
 
 
 @functools.cache
-def compiled_once(f):
+def compiled_once(f: Callable) -> Callable:
+    """torch.compile(f), one and the same however often it is asked for."""
     return torch.compile(f)
 
 
-def compiled(f, x):
+def compiled(f: Callable, x: Tensor) -> Callable:
     """f, compiled where that pays: it takes half a minute, and IAPT itself evaluates R on P m numbers a row.
 
     Inside a model that is being compiled there is nothing to do: it is traced with the rest.
@@ -180,7 +187,7 @@ class Rational(nn.Module):
         self.a = nn.Parameter(torch.tensor(a))
         self.b = nn.Parameter(torch.tensor([0.0, 0.250273834, 0.0, 0.00143469727, 0.0]))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return RationalFunction.apply(x, self.a, self.b)
 
 
@@ -192,18 +199,18 @@ Pool = Literal["attention", "mean", "last"]
 # -- The method --------------------------------------------------------------------------------------------------------
 
 
-def attention_pool(z, w_sa, instr):
+def attention_pool(z: Tensor, w_sa: Tensor, instr: Tensor) -> Tensor:
     """How much P query columns w_sa (m, P) read of each z (B, T, m): weights (B, P, T), each row of sum 1."""
     scores = (z @ w_sa).masked_fill(~instr[..., None], float("-inf"))  # never the padding, never the response
     return scores.softmax(1).transpose(1, 2)
 
 
-def mean_pool(z, w_sa, instr):
+def mean_pool(z: Tensor, w_sa: Tensor | None, instr: Tensor) -> Tensor:
     """The instruction's mean, for all soft tokens: weights (B, 1, T)."""
     return (instr / instr.sum(1, keepdim=True))[:, None].to(z.dtype)
 
 
-def last_pool(z, w_sa, instr):
+def last_pool(z: Tensor, w_sa: Tensor | None, instr: Tensor) -> Tensor:
     """The instruction's last token, for all soft tokens: weights (B, 1, T)."""
     last = (instr * torch.arange(instr.shape[1], device=instr.device)).argmax(1, keepdim=True)
     return torch.zeros_like(instr, dtype=z.dtype).scatter(1, last, 1.0)[:, None]
@@ -212,27 +219,28 @@ def last_pool(z, w_sa, instr):
 POOLS = {"attention": attention_pool, "mean": mean_pool, "last": last_pool}
 
 
-def rms(x):
+def rms(x: Tensor) -> Tensor:
+    """x (.., n), each of its rows brought to unit mean square."""
     return F.rms_norm(x, x.shape[-1:])
 
 
 class Generator(nn.Module):
     """A layer's generator: hidden states (B, T, C) and instr (B, T) -> (B, P, out).  Layers may share down and up."""
 
-    def __init__(self, down, up, act, P, pool, norm):
+    def __init__(self, down: nn.Linear, up: nn.Linear, act: nn.Module, P: int, pool: Pool, norm: bool):
         super().__init__()
         self.down, self.up, self.act, self.P, self.pool, self.norm = down, up, act, P, POOLS[pool], norm
         learned = torch.randn(down.out_features, P) * down.out_features**-0.5
         self.w_sa = nn.Parameter(learned) if pool == "attention" else None
 
-    def reads(self, x, instr):
+    def reads(self, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor]:
         """Z (B, T, m), and how much each soft token reads of each place: (B, P, T), or (B, 1, T) if all do alike."""
         # Our choice: bring H and Q to unit mean square.  Hidden states grow along the layers, some of their dimensions
         # are huge in every model, and it is around 1 that R has its shape.  The paper mentions no norm: norm=0.
         z = self.down(rms(x.float()) if self.norm else x.float())
         return z, self.pool(z, self.w_sa, instr)
 
-    def forward(self, x, instr):
+    def forward(self, x: Tensor, instr: Tensor) -> Tensor:
         z, weights = self.reads(x, instr)
         q = weights @ z
         s = self.up(self.act(rms(q) if self.norm else q))
@@ -263,7 +271,7 @@ class IAPT(Tuner):
     lr = 5e-3
 
     def __init__(
-        self, config, P: int = 4, m: int = 0, share: int = 1, activation: Activation = "rational",
+        self, config: Config, P: int = 4, m: int = 0, share: int = 1, activation: Activation = "rational",
         one_act: bool = False, pool: Pool = "attention", space: Space = "kv", static: bool = True, norm: bool = True,
         static_lr: float = 20.0, act_lr: float = 0.2,
     ):  # fmt: skip
@@ -281,16 +289,16 @@ class IAPT(Tuner):
         self.generators = nn.ModuleList(Generator(*parts, P, pool, norm) for parts in owned)
         self.static = nn.ParameterList(torch.randn(P, out) * 0.1 for _ in range(L if static else 0))
 
-    def prompt(self, l, x, instr):
+    def prompt(self, l: int, x: Tensor, instr: Tensor) -> Tensor:
         s = self.generators[l](x, instr)
         return s + self.static[l] if len(self.static) else s  # (B, P, out)
 
-    def kv(self, block, l, x, instr):
+    def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         if self.space == "hidden":
             return super().kv(block, l, x, instr)
         return split_kv(self.prompt(l, x, instr), self.head_dim)
 
-    def groups(self, lr):
+    def groups(self, lr: float) -> list[dict]:
         # Adam moves every parameter by about lr a step, whatever its size: too far for coefficients that multiply x^6,
         # not far enough for constants that start at 0.1 and have to end around 1.
         by_part = {part: [] for part in ("", *self.rates)}
@@ -303,11 +311,11 @@ class IAPT(Tuner):
             groups["act"]["weight_decay"] = 0.0
         return list(groups.values())
 
-    def upper(self):
+    def upper(self) -> list[nn.Parameter]:
         return [p for name, p in self.named_parameters() if "act" in name.split(".")]
 
 
-def split_kv(s, head_dim):
+def split_kv(s: Tensor, head_dim: int) -> tuple[Tensor, Tensor, None]:
     """(B, P, 2 G D) -> keys and values (B, G, P, D), and None: every row has all its slots."""
     k, v = s.unflatten(-1, (2, -1, head_dim)).permute(2, 0, 3, 1, 4)
     return k, v, None

@@ -26,11 +26,16 @@ heads, D size of a head, V vocabulary, L layers.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from iapt import Tuner  # which imports this file
 
 
 @dataclass
@@ -95,19 +100,23 @@ class Rotary(nn.Module):
     Pair i of a head turns by pos * theta^(-2i/D); pairs are (i, i + D/2), as in the weights that the hub holds.
     """
 
-    def __init__(self, c):
+    def __init__(self, c: Config):
         super().__init__()
         self.theta, self.head_dim, self.scaling = c.rope_theta, c.head_dim, c.rope_scaling
 
-    def forward(self, pos):  # in fp32 whatever the weights' dtype: bf16 has 8 bits, too few to tell positions apart
+    def forward(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+        # In fp32 whatever the weights' dtype: bf16 has 8 bits, too few to tell positions apart.
         freq = self.theta ** -(torch.arange(0, self.head_dim, 2, device=pos.device).float() / self.head_dim)
         angle = pos[..., None].float() * (stretch(freq, **self.scaling) if self.scaling else freq)
         angle = torch.cat((angle, angle), -1)[..., None, :, :]
         return angle.cos(), angle.sin()
 
 
-def stretch(freq, rope_type, factor, low_freq_factor=0, high_freq_factor=0, original_max_position_embeddings=0):
-    """Frequencies for a context `factor` times longer.  'linear': all slower; 'llama3': the slow ones alone.
+def stretch(
+    freq: Tensor, rope_type: str, factor: float, low_freq_factor: float = 0, high_freq_factor: float = 0,
+    original_max_position_embeddings: int = 0,
+) -> Tensor:  # fmt: skip
+    """Frequencies (D/2,) for a context `factor` times longer.  'linear': all slower; 'llama3': the slow ones alone.
 
     Llama 3.1 leaves frequencies that turn more than high_freq_factor times in the original context as they are, divides
     those that turn less than low_freq_factor times, and goes over from one to the other in between.
@@ -119,7 +128,7 @@ def stretch(freq, rope_type, factor, low_freq_factor=0, high_freq_factor=0, orig
     return kept * freq + (1 - kept) * freq / factor
 
 
-def rotate(x, rope):
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
     """Turn q or k (B, heads, T, D) by the angles of their positions; with learned positions (rope None) leave them."""
     if rope is None:
         return x
@@ -130,7 +139,7 @@ def rotate(x, rope):
 class Attention(nn.Module):
     """Multi-head attention with separate q, k, v, o (so that LoRA on q and v is a hook on two modules)."""
 
-    def __init__(self, c):
+    def __init__(self, c: Config):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
         self.q = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=c.attn_bias)
@@ -138,51 +147,60 @@ class Attention(nn.Module):
         self.v = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.attn_bias)
         self.o = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.attn_bias)
 
-    def heads(self, x):
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, G*D) -> (B, G, T, D)
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, T, G D) -> (B, G, T, D)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def qkv(self, x, rope):
+    def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of x (B, T, C) the queries (B, H, T, D) and keys (B, G, T, D), rotated, and the values (B, G, T, D)."""
         return rotate(self.heads(self.q(x)), rope), rotate(self.heads(self.k(x)), rope), self.heads(self.v(x))
 
-    def mix(self, q, k, v, mask=None):
-        """q (B, H, T, D) looks at k, v (B, G, S, D) where mask (.., T, S) is True; no mask means causal."""
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What q (B, H, T, D) finds in k, v (B, G, S, D) where mask (.., T, S) is True (None: causally): (B, T, C)."""
         grouped = self.n_kv_head < self.n_head
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
 class GeluMLP(nn.Module):
-    def __init__(self, c):
+    """down(gelu(up x)), GPT-2's: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, c: Config):
         super().__init__()
         self.up = nn.Linear(c.n_embd, c.n_inner, bias=c.mlp_bias)
         self.down = nn.Linear(c.n_inner, c.n_embd, bias=c.mlp_bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh"))  # GPT-2's weights were trained with the tanh form
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, c):
+    """down(silu(gate x) * up x), LLaMA's: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, c: Config):
         super().__init__()
         self.gate = nn.Linear(c.n_embd, c.n_inner, bias=c.mlp_bias)
         self.up = nn.Linear(c.n_embd, c.n_inner, bias=c.mlp_bias)
         self.down = nn.Linear(c.n_inner, c.n_embd, bias=c.mlp_bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def norm(c):
+def norm(c: Config) -> nn.Module:
+    """The norm of an architecture, over the last dimension, C."""
     return (nn.LayerNorm if c.arch == "gpt2" else nn.RMSNorm)(c.n_embd, eps=c.norm_eps)
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    """A layer: x + attention(norm(x)), and to that the same with the MLP."""
+
+    def __init__(self, c: Config):
         super().__init__()
         self.ln_1, self.attn = norm(c), Attention(c)
         self.ln_2, self.mlp = norm(c), (GeluMLP if c.arch == "gpt2" else SwiGLU)(c)
 
-    def soft_kv(self, s):
+    def soft_kv(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of soft tokens s (B, P, C) that stand before this block's input: two of (B, G, P, D).
 
         They are at rotary position 0, where the rotation is the identity.
@@ -190,7 +208,9 @@ class Block(nn.Module):
         s = self.ln_1(s)
         return self.attn.heads(self.attn.k(s)), self.attn.heads(self.attn.v(s))
 
-    def forward(self, x, rope, slots=None, seen=None):
+    def forward(
+        self, x: Tensor, rope: tuple | None, slots: tuple | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x (B, T, C) -> x (B, T, C), and the keys and values it looked at, slots first.
 
         slots   (k, v, keep): P more keys and values, and which of them a row has (B, P), or None for all; or None
@@ -203,8 +223,11 @@ class Block(nn.Module):
         x = x + self.attn.mix(q, k, v, None if plain else slot_mask(x.shape[1], k.shape[2], seen, x.device))
         return x + self.mlp(self.ln_2(x)), (k, v)
 
-    def step(self, x, rope, k_cache, v_cache, mask, at):
-        """One token a row: x (B, 1, C) writes its key and value at `at` (B,) in the cache; looks where mask is True."""
+    def step(self, x: Tensor, rope: tuple | None, k_cache: Tensor, v_cache: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+        """One token a row: x (B, 1, C) writes its key and value at `at` (B,) in the cache; looks where mask is True.
+
+        k_cache, v_cache (B, G, P + S, D) and mask (B, 1, 1, P + S) are a layer's part of a `Cache`.
+        """
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
         rows = torch.arange(len(x), device=x.device)
         k_cache[rows, :, at], v_cache[rows, :, at] = k[:, :, 0], v[:, :, 0]
@@ -212,7 +235,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-def slot_mask(T, S, seen, device):
+def slot_mask(T: int, S: int, seen: Tensor | None, device: torch.device) -> Tensor:
     """(.., T, S): every token sees the S - T slots and, causally, the tokens; of these what `seen` (B, S) lets it see.
 
     Not `is_causal=True`: with slots in front the score matrix is not square, and its diagonal not the tokens'.
@@ -224,7 +247,7 @@ def slot_mask(T, S, seen, device):
     return (causal & seen[:, None, None, :]) | itself
 
 
-def places(slots, keep, x):
+def places(slots: tuple | None, keep: Tensor | None, x: Tensor) -> Tensor | None:
     """(B, P + T): False where nobody may look, among P slots and T tokens x; None if there is no such place.
 
     keep (B, T) says it for the tokens, the third of `slots` for the slots; None: all may be looked at.
@@ -249,7 +272,7 @@ class Cache:
     lengths decode together.  The shapes never change, so a decode step can be compiled once.
     """
 
-    def __init__(self, layers, T, length, pos, room):
+    def __init__(self, layers: list[tuple], T: int, length: Tensor, pos: Tensor, room: int):
         most = max(P for _, _, P, _ in layers)
 
         def fill(x):  # layers may have fewer slots than others, or none: padded in front, and masked
@@ -265,8 +288,8 @@ class Cache:
         self.mask = torch.stack([visible(P, seen) for _, _, P, seen in layers])[:, :, None, None]
         self.at, self.pos = most + length, pos.clone()
 
-    def take(self, rows):
-        """Go on with these rows, in this order; a row may occur several times."""
+    def take(self, rows: Tensor):
+        """Go on with the rows of these indices, in this order; a row may occur several times."""
         self.k, self.v, self.mask = self.k[:, rows], self.v[:, rows], self.mask[:, rows]
         self.at, self.pos = self.at[rows], self.pos[rows]
 
@@ -304,7 +327,7 @@ class HeadLoss(torch.autograd.Function):
 class Decoder(nn.Module):
     """A decoder-only language model: idx (B, T) -> logits (B, T, V)."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
         self.checkpointing = False  # True: a block's activations are computed again for the backward pass, not kept
@@ -327,12 +350,17 @@ class Decoder(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def embed(self, idx, pos):
-        """Tokens idx at positions pos -> x and the angles that the blocks rotate by (None with learned positions)."""
+    def embed(self, idx: Tensor, pos: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Tokens idx (B, T) at positions pos, (T,) or (B, T) -> x (B, T, C), and the angles that the blocks rotate by.
+
+        With learned positions, these are None.
+        """
         x = self.wte(idx)
         return (x, self.rotary(pos)) if self.wpe is None else (x + self.wpe(pos), None)
 
-    def hidden(self, idx, instr=None, tuner=None, layers=None):
+    def hidden(
+        self, idx: Tensor, instr: Tensor | None = None, tuner: "Tuner | None" = None, layers: list | None = None
+    ) -> Tensor:
         """The last hidden states (B, T, C).
 
         idx     (B, T)  tokens, right-padded
@@ -369,7 +397,9 @@ class Decoder(nn.Module):
             x = x.gather(1, before_next[..., None].expand(-1, -1, x.shape[2]))
         return self.ln_f(x)
 
-    def forward(self, idx, instr=None, tuner=None, targets=None):
+    def forward(
+        self, idx: Tensor, instr: Tensor | None = None, tuner: "Tuner | None" = None, targets: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, T, V); or, given targets (B, T) with -1 where there is none, the mean loss in nats per target.
 
         The head is then computed only where there is a target: at a vocabulary of 50,000 it is much of a small model's
@@ -384,8 +414,11 @@ class Decoder(nn.Module):
         return F.cross_entropy(self.head(x[there]).float(), targets[there])
 
     @torch.no_grad()
-    def prefill(self, idx, length, tuner=None, room=0):
-        """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next one, and a Cache."""
+    def prefill(self, idx: Tensor, length: Tensor, tuner: "Tuner | None" = None, room: int = 0) -> tuple[Tensor, Cache]:
+        """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next one, and a Cache.
+
+        All of a prompt counts as instruction.  The cache has room for `room` more tokens a row.
+        """
         instr = torch.arange(idx.shape[1], device=idx.device) < length[:, None]
         layers = []
         x = self.hidden(idx, instr, tuner, layers)
@@ -395,7 +428,7 @@ class Decoder(nn.Module):
         return self.head(x[rows, length - 1]), Cache(layers, idx.shape[1] + soft, length + soft, length, room)
 
     @torch.no_grad()
-    def step(self, idx, cache):
+    def step(self, idx: Tensor, cache: Cache) -> Tensor:
         """One more token a row, idx (B,): logits (B, V) of the one after it.  No tuner: its work lies in the cache."""
         x, rope = self.embed(idx[:, None], cache.pos[:, None])
         cache.mask[:, torch.arange(len(idx), device=idx.device), 0, 0, cache.at] = True
@@ -406,7 +439,10 @@ class Decoder(nn.Module):
         return self.head(self.ln_f(x))[:, 0]
 
 
-def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+def pick(
+    logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
     """Next tokens (B,) from logits (B, V): the likeliest at temperature 0, else drawn.
 
     Drawn from the top_k likeliest (0: all), and from the fewest likeliest tokens that have the mass top_p.
@@ -424,16 +460,21 @@ def pick(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 
 
 @torch.no_grad()
-def generate(model, prompts, tuner=None, max_new=64, stop=None, seed=0, beams=1, length_penalty=1.0, **sampling):
+def generate(
+    model: Decoder, prompts: list[list[int]], tuner: "Tuner | None" = None, max_new: int = 64, stop: int | None = None,
+    seed: int = 0, beams: int = 1, length_penalty: float = 1.0, **sampling: float,
+) -> list[list[int]]:  # fmt: skip
     """Continue several prompts at once.
 
     prompts          lists of token ids, of any lengths
-    stop             id at which a row ends (it is left out of the result)
+    max_new          new tokens a row, at most
+    stop             id at which a row ends (it is left out of the result); None: no such id
     beams            with more than one: the best of what a beam search of this width finds
     length_penalty   of the beam search, see `search`
     sampling         temperature, top_k, top_p of `pick`
 
-    Returns the new tokens, a list per prompt.  Raises ValueError for an empty prompt and for one that leaves no room.
+    Returns the new tokens, a list per prompt.  Raises ValueError for an empty prompt, for one that leaves no room, and
+    for beams that are to be drawn.
     """
     longest = max(map(len, prompts), default=0)
     if not longest or not all(prompts):
@@ -465,7 +506,9 @@ def generate(model, prompts, tuner=None, max_new=64, stop=None, seed=0, beams=1,
     return out
 
 
-def search(model, logits, cache, K, max_new, stop, length_penalty):
+def search(
+    model: Decoder, logits: Tensor, cache: Cache, K: int, max_new: int, stop: int | None, length_penalty: float
+) -> list[list[int]]:
     """Beam search from `prefill`'s logits (B, V) and cache: the new tokens, a list per row.
 
     Each row keeps the K hypotheses that are best by  log p(tokens) / n^length_penalty,  n their number with the stop.

@@ -9,14 +9,19 @@ and saves.  Without torchrun there is one process, and nothing here does anythin
 """
 
 import os
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+
+from model import Decoder
 
 RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join(device):
+def join(device: str) -> str:
     """Meet the other processes; returns this one's device."""
     if SIZE == 1:
         return device
@@ -28,7 +33,7 @@ def join(device):
     return device
 
 
-def shard(model, device):
+def shard(model: Decoder, device: str):
     """Spread each block's frozen weights over the processes; they are gathered while the block is at work."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -40,12 +45,12 @@ def shard(model, device):
             register_fsdp_forward_method(block, method)
 
 
-def mine(batch):
-    """This process's rows of a batch."""
+def mine(batch: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """This process's rows of a batch of tensors (B, ..): every SIZE-th, from its rank on."""
     return tuple(x[RANK::SIZE] for x in batch)
 
 
-def summed(parameters, *numbers):
+def summed(parameters: Iterable[nn.Parameter], *numbers: float) -> Sequence[float]:
     """Sum the parameters' gradients over all processes, in place, and return the sums of the numbers."""
     if SIZE == 1:
         return numbers
@@ -66,5 +71,6 @@ def wait():
 
 
 def leave():
+    """Part from the other processes, if they met."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -11,6 +11,7 @@ The last three want matplotlib.  A checkpoint's own data are taken where some ar
 import html
 import json
 import os
+from argparse import Namespace
 from collections.abc import Iterator
 
 import torch
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cli import Parser, UsageError, run
-from data import collate, encode, load, replacing, template
-from iapt import IAPT, rms
+from data import Tokenizer, collate, encode, load, replacing, template
+from iapt import IAPT, Tuner, rms
+from model import Decoder
 from sample import open_checkpoints, reads
 from train import TINY, pick_device, spread
 
@@ -43,7 +45,7 @@ def plots():
     return plt
 
 
-def save(figure, path: str):
+def save(figure: object, path: str):
     """Write a figure of matplotlib to an SVG file, the same bytes each time."""
     with replacing(path, "wb") as f:
         figure.savefig(f, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -78,7 +80,7 @@ def reads_svg(words: list[str], weights: Tensor) -> Iterator[str]:
     yield "</svg>"
 
 
-def picture_reads(args, path: str):
+def picture_reads(args: Namespace, path: str):
     """The instruction, once for each soft token, its words shaded by their weight in the pooling."""
     model, tokenizer, tuner = opened(args.runs[0])
     row = {"instruction": args.runs[1], "input": args.input}
@@ -90,7 +92,7 @@ def picture_reads(args, path: str):
 # -- Activations, attention --------------------------------------------------------------------------------------------
 
 
-def opened(path: str):
+def opened(path: str) -> tuple[Decoder, Tokenizer, IAPT]:
     """(model, tokenizer, tuner) of a checkpoint of IAPT, attached."""
     device, dtype, _ = pick_device()
     model, tokenizer, (tuner,) = open_checkpoints([path], device=device, dtype=dtype)
@@ -100,7 +102,7 @@ def opened(path: str):
     return model, tokenizer, tuner
 
 
-def batch(path: str, model, tokenizer) -> tuple[Tensor, Tensor, Tensor]:
+def batch(path: str, model: Decoder, tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
     """64 rows of the data that a checkpoint was validated on: idx, targets, instr, each (B, T)."""
     from checkpoint import load_tuner
 
@@ -111,7 +113,7 @@ def batch(path: str, model, tokenizer) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def picture_activations(args, path: str):
+def picture_activations(args: Namespace, path: str):
     """R of each layer beside GELU, where it started, and where its inputs lie."""
     plt = plots()
     model, tokenizer, tuner = opened(args.runs[0])
@@ -151,7 +153,7 @@ def picture_activations(args, path: str):
 
 
 @torch.no_grad()
-def attention_mass(model, tuner, idx: Tensor, targets: Tensor, instr: Tensor) -> Tensor:
+def attention_mass(model: Decoder, tuner: Tuner, idx: Tensor, targets: Tensor, instr: Tensor) -> Tensor:
     """The share of attention that the soft tokens get from the places where a response is predicted: (L, H)."""
     there, mass = targets >= 0, []
 
@@ -175,7 +177,7 @@ def attention_mass(model, tuner, idx: Tensor, targets: Tensor, instr: Tensor) ->
     return torch.stack(mass)
 
 
-def picture_attention(args, path: str):
+def picture_attention(args: Namespace, path: str):
     """The attention that the soft tokens get, by layer and head."""
     plt = plots()
     model, tokenizer, tuner = opened(args.runs[0])
@@ -195,7 +197,7 @@ def picture_attention(args, path: str):
 # -- Curves ------------------------------------------------------------------------------------------------------------
 
 
-def picture_curves(args, path: str):
+def picture_curves(args: Namespace, path: str):
     """Validation loss by step, of several runs."""
     plt = plots()
     figure, axis = plt.subplots(figsize=(6, 3.4))
@@ -218,6 +220,7 @@ PICTURES = {
 
 
 def main(argv: list[str] | None = None):
+    """The command."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("picture", choices=list(PICTURES), help="what to draw")

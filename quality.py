@@ -16,7 +16,10 @@ import platform
 import statistics
 import sys
 import threading
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -25,6 +28,8 @@ import train
 from baselines import build
 from checkpoint import claim, fill, load_tuner
 from data import read_json, replacing, template
+from iapt import Tuner
+from model import Config
 
 # A row of the comparison: the method, its options, the option that sets its size and the most we give it.
 ROWS = {
@@ -46,10 +51,10 @@ ROWS = {
     "mine": ("mine", "", "P", 10**6),
 }
 LEFT_OUT = ("ptuning2-4", "static-4", "iapt-hidden", "mine")  # unless asked for
-METRICS = ("none", "exact", "bleu")
+METRICS = ("none", "exact", "accuracy", "bleu")
 
 
-def options(parser):
+def options(parser: ArgumentParser):
     """Add the options of the comparison to a parser of arguments."""
     add, or_ = parser.add_argument, "(default: %(default)s)"
     add("--methods", default=",".join(name for name in ROWS if name not in LEFT_OUT), help=f"{', '.join(ROWS)} {or_}")
@@ -68,7 +73,7 @@ def options(parser):
     add("--out", default="out/bench", help=or_)
 
 
-def check(args, parser):
+def check(args: Namespace, parser: ArgumentParser):
     """Stop with a line and status 2 if options of the comparison, or those of train.py after them, are wrong."""
     args.methods = args.methods.split(",")
     for name in args.methods:
@@ -88,13 +93,13 @@ def check(args, parser):
 # -- Sizes -------------------------------------------------------------------------------------------------------------
 
 
-def count(config, method, options):
+def count(config: Config, method: str, options: list[str]) -> int:
     """Parameters that train."""
     with torch.device("meta"):
         return sum(p.numel() for p in build(method, config, options).parameters())
 
 
-def sized(config, name, budget):
+def sized(config: Config, name: str, budget: int) -> tuple[list[str], int]:
     """A row's options, such that as nearly as possible `budget` parameters train, and how many do."""
     method, options, size, most = ROWS[name]
     options = options.split()
@@ -112,7 +117,7 @@ def sized(config, name, budget):
 # -- One run, in a process of its own ----------------------------------------------------------------------------------
 
 
-def peak_memory(device):
+def peak_memory(device: str | torch.device) -> int:
     """Bytes at the peak of this process: of the GPU if it has used one, else resident."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -121,7 +126,7 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def train_one(argv, folder):
+def train_one(argv: list[str], folder: str):
     """Train, or go on training; leaves trained.json."""
     path = os.path.join(folder, "last.pt")
     args = train.parse([*argv, "--out", folder, *(["--resume"] if os.path.exists(path) else ["--force"])])
@@ -149,7 +154,7 @@ def train_one(argv, folder):
             os.remove(path)
 
 
-def score_one(argv, folder, metric, texts, beams):
+def score_one(argv: list[str], folder: str, metric: str, texts: int, beams: int):
     """Score best.pt on the test sets, or the frozen model alone if there is none; leaves scores.json."""
     best = os.path.join(folder, "best.pt")
     args = train.parse([*argv, "--out", os.path.join(folder, "scores")])
@@ -167,6 +172,10 @@ def score_one(argv, folder, metric, texts, beams):
         scores[name] = {"nats": nats}
         if metric == "exact":
             scores[name]["exact %"] = 100 * exact
+        if metric == "accuracy":
+            if not session.labels:
+                raise ValueError("--metric accuracy is for data whose outputs are a few label words")
+            scores[name]["accuracy %"] = 100 * train.accuracy(session, name, tuner, most)
         if metric == "bleu":
             said, references = answers(session, name, tuner, texts, beams, args.truncate)
             scores[name].update(bleu_and_rouge(said, references))
@@ -174,7 +183,10 @@ def score_one(argv, folder, metric, texts, beams):
     write(os.path.join(folder, "scores.json"), {"how": [argv, metric, texts, beams], "scores": scores})
 
 
-def answers(session, name, tuner, most, beams, truncate=False, size=32):
+def answers(
+    session: SimpleNamespace, name: str, tuner: Tuner | None, most: int, beams: int, truncate: bool = False,
+    size: int = 32,
+) -> tuple[list[str], list[list[str]]]:  # fmt: skip
     """An answer to each different prompt of a test set (to `most` of them), and all outputs that the set has for it."""
     groups = {}
     for row in session.rows[name]:
@@ -187,7 +199,7 @@ def answers(session, name, tuner, most, beams, truncate=False, size=32):
     return texts, [[row["output"] for row in groups[template(row)]] for row in rows]
 
 
-def bleu_and_rouge(texts, references):
+def bleu_and_rouge(texts: list[str], references: list[list[str]]) -> dict[str, float]:
     """BLEU and ROUGE-L, 0 to 100, each text against all its references.
 
     BLEU is what the E2E challenge computes: mteval's 13a tokens, lower case, several references.  ROUGE-L is the mean
@@ -207,20 +219,21 @@ def bleu_and_rouge(texts, references):
     return {"BLEU": bleu, "ROUGE-L": 100 * statistics.mean(rouge)}
 
 
-def write(path, content):
+def write(path: str, content: object):
+    """Write what json can, in one go."""
     with replacing(path) as f:
         json.dump(content, f, indent=1)
 
 
-def rates_of(path):
-    """Each method's learning rate in another comparison's quality.json."""
+def rates_of(path: str) -> dict[str, float]:
+    """Each method's learning rate in another comparison's quality.json.  Raises ValueError if it is not one."""
     try:
         return {row["method"]: row["lr"] for row in read_json(path)["rows"] if row["lr"]}
     except (KeyError, TypeError):
         raise ValueError(f"--rates {path} is not the quality.json of a comparison") from None
 
 
-def the_same(path, how, key):
+def the_same(path: str, how: list, key: str) -> dict:
     """A run's file.  Raises ValueError if it is of a run with other options, which must not be taken for this one."""
     content = read_json(path)
     if content.get(key) != how:
@@ -228,8 +241,11 @@ def the_same(path, how, key):
     return content
 
 
-def alone(f, folder, threads, *args):
-    """Call f(*args) in a process of its own; what it says goes to the folder's output.txt."""
+def alone(f: Callable, folder: str, threads: int, *args):
+    """Call f(*args) in a process of its own; what it says goes to the folder's output.txt.
+
+    Raises ValueError, with the last line of that, if it fails.
+    """
     os.makedirs(folder, exist_ok=True)
     process = multiprocessing.get_context("spawn").Process(target=quietly, args=(f, folder, threads, *args))
     process.start()
@@ -241,7 +257,8 @@ def alone(f, folder, threads, *args):
         raise ValueError(f"a run failed: {lines[-1] if lines else 'without a word'} ({path})")
 
 
-def quietly(f, folder, threads, *args):
+def quietly(f: Callable, folder: str, threads: int, *args):
+    """What `alone` runs, in that process."""
     torch.set_num_threads(threads)
     sys.stdout = sys.stderr = open(os.path.join(folder, "output.txt"), "a", encoding="utf-8")  # noqa: SIM115
     f(*args)
@@ -253,7 +270,7 @@ def quietly(f, folder, threads, *args):
 class Quality:
     """The runs of one comparison, and what is known of them."""
 
-    def __init__(self, args):
+    def __init__(self, args: Namespace):
         self.args, self.stopped = args, threading.Event()
         self.threads = max(1, torch.get_num_threads() // args.jobs)
         model, _ = train.open_model(train.parse([*args.rest, "--out", args.out]).init)
@@ -262,12 +279,13 @@ class Quality:
         if args.rates:
             self.rates = rates_of(args.rates)
 
-    def argv(self, name, lr, seed):
+    def argv(self, name: str, lr: float, seed: int) -> list[str]:
+        """The options of train.py for one run."""
         method, (options, _) = ROWS[name][0], self.sizes[name]
         given = ["-o", *options] if options else []
         return [*self.args.rest, "--method", method, "--seed", str(seed), "--lr", repr(lr), *given]
 
-    def trained(self, name, lr, seed):
+    def trained(self, name: str, lr: float, seed: int) -> dict:
         """The content of a run's trained.json, after the run if there is none yet."""
         folder = os.path.join(self.args.out, name, f"lr{lr:.3g}-seed{seed}")
         path = os.path.join(folder, "trained.json")
@@ -277,21 +295,24 @@ class Quality:
             self.bar.update()
         return the_same(path, argv, "argv")
 
-    def scored(self, name, lr, seed):
+    def scored(self, name: str, lr: float, seed: int) -> dict:
+        """What `scores` says of a run."""
         return self.scores(os.path.join(self.args.out, name, f"lr{lr:.3g}-seed{seed}"), self.argv(name, lr, seed))
 
-    def scores(self, folder, argv):
+    def scores(self, folder: str, argv: list[str]) -> dict:
+        """{test set: {metric: value}} of a run's best.pt, or of the frozen model if it has none."""
         path, how = os.path.join(folder, "scores.json"), [self.args.metric, self.args.texts, self.args.beams]
         if not os.path.exists(path):
             self.go(score_one, folder, argv, folder, *how)
         return the_same(path, [argv, *how], "how")["scores"]
 
-    def go(self, f, folder, *args):
+    def go(self, f: Callable, folder: str, *args):
+        """`alone`, unless the comparison was stopped: then InterruptedError."""
         if self.stopped.is_set():
             raise InterruptedError
         alone(f, folder, self.threads, *args)
 
-    def search(self, name):
+    def search(self, name: str) -> dict[float, float]:
         """Validation loss by learning rate: the method's own, twice and half of it, and on from the better end."""
         own = train.METHODS[ROWS[name][0]].lr
         if self.args.lr or name in self.rates:
@@ -306,7 +327,7 @@ class Quality:
                 found[best * factor] = self.trained(name, best * factor, 0)["val"]
         return found
 
-    def row(self, name):
+    def row(self, name: str) -> dict:
         """A line of the table, with all that it rests on."""
         found = self.search(name)
         lr = min(found, key=found.get)
@@ -322,12 +343,13 @@ class Quality:
                        for test in scores[0]},
         }  # fmt: skip
 
-    def frozen(self):
+    def frozen(self) -> dict:
+        """The line of the model without any method."""
         scores = self.scores(os.path.join(self.args.out, "frozen"), self.args.rest)
         scores = {test: {key: mean_and_sd([x]) for key, x in s.items()} for test, s in scores.items()}
         return {"method": "frozen", "options": "", "trainable": 0, "lr": None, "scores": scores}
 
-    def all(self):
+    def all(self) -> list[dict]:
         """All rows; what is there is saved after each."""
         rows, lock = {"frozen": self.frozen()}, threading.Lock()
 
@@ -348,7 +370,8 @@ class Quality:
                     raise
         return [rows[name] for name in ("frozen", *self.args.methods)]
 
-    def save(self, rows):
+    def save(self, rows: list[dict]):
+        """Write rows, and what they depend on: quality.json, and quality.md as a table."""
         how = {"options": " ".join(self.args.rest), "budget": self.args.budget, "machine": machine(),
                "jobs": self.args.jobs, "seeds": self.args.seeds}  # fmt: skip
         write(os.path.join(self.args.out, "quality.json"), {**how, "rows": rows})
@@ -356,7 +379,7 @@ class Quality:
             f.write("\n".join([*markdown(rows), "", f"{self.args.seeds} seeds, {machine()}", ""]))
 
 
-def machine():
+def machine() -> str:
     """What figures of speed and memory depend on."""
     name = platform.processor() or "a CPU"
     if os.path.exists("/proc/cpuinfo"):
@@ -366,12 +389,12 @@ def machine():
     return f"PyTorch {torch.__version__}, {device}"
 
 
-def mean_and_sd(values):
+def mean_and_sd(values: list[float]) -> list:
     """[mean, standard deviation]; the latter None for a single value."""
     return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
 
 
-def markdown(rows):
+def markdown(rows: list[dict]) -> Iterator[str]:
     """The table of rows, of which the first is the frozen model: lowest loss first, mean ± standard deviation."""
     tests = rows[0]["scores"]
     top = next(iter(tests))  # the loss of the first test set is enough beside a metric of all
@@ -397,7 +420,8 @@ def markdown(rows):
         yield "| " + " | ".join([row["method"], row["options"], f"{row['trainable']:,}", rate, *scores, *cost]) + " |"
 
 
-def main(args):
+def main(args: Namespace):
+    """Run the comparison, or what is left of it; print its table."""
     rows = Quality(args).all()
     print("\n".join(markdown(rows)))
     for row in rows:

@@ -11,6 +11,7 @@ python sample.py --tenant out/iapt "the past of go ?" --tenant out/lora "the plu
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 
 import torch
@@ -21,13 +22,14 @@ from baselines import build
 from checkpoint import fill, load_tuner
 from cli import Parser, UsageError, run
 from data import Tokenizer, template
-from iapt import IAPT
+from iapt import IAPT, Tuner
 from model import Decoder
 from tenants import Tenants
 from train import answer, open_model, pick_device
 
 
-def parse(argv=None):
+def parse(argv: list[str] | None = None) -> Namespace:
+    """The command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("checkpoint", nargs="?", help="best.pt of a run, or the run's folder")
@@ -84,7 +86,13 @@ def parse(argv=None):
     return args
 
 
-def open_checkpoints(paths, init=None, force=False, device="cpu", dtype=None):
+def open_checkpoints(
+    paths: list[str],
+    init: str | None = None,
+    force: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Decoder, Tokenizer, list[Tuner]]:
     """(model, tokenizer, tuners) of checkpoints of train.py, not attached.
 
     Raises ValueError for one that was trained on another model.
@@ -139,7 +147,8 @@ def explain(words: list[str], weights: Tensor, color: bool) -> Iterator[str]:
             yield f"layer {l:2}, token {p}:  {text}"
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None):
+    """The command."""
     args = parse(argv)
     device, dtype, _ = pick_device(args.device, args.dtype)
     tenants = args.tenant or [[args.checkpoint, *args.prompts]]

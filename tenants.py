@@ -11,12 +11,16 @@ A tenant with hooks (LoRA, adapters) works at every step, on its own rows: that 
 is about, and `python bench.py serve` measures it.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 from baselines import Hooked, LoRA
 from iapt import Tuner
+from model import Block, Decoder
 
 
 class Tenants(Tuner):
@@ -29,7 +33,7 @@ class Tenants(Tuner):
     the model by other means than hooks, such as full fine-tuning, and for rows of tenants that are not there.
     """
 
-    def __init__(self, tuners, who):
+    def __init__(self, tuners: list[Tuner], who: Sequence[int] | Tensor):
         super().__init__()
         for tuner in tuners:
             if type(tuner).attach is not Tuner.attach and not isinstance(tuner, Hooked):
@@ -41,7 +45,7 @@ class Tenants(Tuner):
         self.rows = {t: [i for i, w in enumerate(self.who.tolist()) if w == t] for t in sorted(set(self.who.tolist()))}
         self.hooked = []
 
-    def attach(self, model):
+    def attach(self, model: Decoder):
         """LoRA tenants that are alike in all but their weights act together, other hooks row by row."""
         hooked = [t for t, tuner in enumerate(self.tuners) if isinstance(tuner, Hooked)]
         if len(self.rows) == 1:  # one tenant: nothing to mix
@@ -66,12 +70,12 @@ class Tenants(Tuner):
             tuner.detach()
             tuner.only = None
 
-    def each(self, x, instr):
+    def each(self, x: Tensor, instr: Tensor) -> Iterator[tuple[list[int], Tuner | None, Tensor, Tensor]]:
         """(rows, tuner or None for the frozen model, x and instr of these rows), tenant by tenant."""
         for t, rows in self.rows.items():
             yield rows, self.tuners[t] if t >= 0 else None, x[rows], instr[rows]
 
-    def embed(self, x, instr):
+    def embed(self, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         B, T, C = x.shape
         if B != len(self.who):
             raise ValueError(f"{B} rows, but tenants of {len(self.who)}")
@@ -95,7 +99,7 @@ class Tenants(Tuner):
             keep[rows, less:] = True if keep_ is None else keep_
         return out, at, keep
 
-    def kv(self, block, l, x, instr):
+    def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         for hooked in self.hooked:  # soft tokens pass the frozen norm and projections, not those of another tenant
             hooked.quiet = True
         given = [
@@ -124,7 +128,7 @@ class BatchedLoRA(Hooked):
     Ranks may differ (the smaller ones get zeros); row -1 has no update.  Training is not meant: the weights are copies.
     """
 
-    def __init__(self, loras, who):
+    def __init__(self, loras: list[LoRA], who: list[int]):
         super().__init__()
         r = max(a.shape[0] for lora in loras for a in lora.A)
         self.like = loras[0]
@@ -135,18 +139,19 @@ class BatchedLoRA(Hooked):
             for same in zip(*(x.B for x in loras))
         ]
 
-    def attach(self, model):
+    def attach(self, model: Decoder):
         for (linear, _, _), a, b in zip(self.like.sites(model), self.A, self.B):
             a, b = a.to(linear.weight.dtype), b.to(linear.weight.dtype)  # as LoRA is served: no casts at each step
             self.hook(linear, lambda x, y, a=a, b=b: self.update(x, y, a, b))
 
-    def update(self, x, y, a, b):
+    def update(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """y + x a b by rows: x (B K, T, in), y (B K, T, out), a (B, in, r), b (B, r, out), for K beams a row."""
         beams = len(x) // len(a)
         if beams > 1:
             a, b = a.repeat_interleave(beams, 0), b.repeat_interleave(beams, 0)
         return torch.baddbmm(y, torch.bmm(x, a), b)
 
 
-def rows(matrices, who):
+def rows(matrices: list[Tensor], who: list[int]) -> Tensor:
     """Of N matrices the one of each row (B, .., ..); zeros where who is -1."""
     return F.pad(torch.stack([m.detach() for m in matrices]), (0, 0, 0, 0, 0, 1))[who]

@@ -19,7 +19,8 @@ import shutil
 import signal
 import sys
 import time
-from argparse import BooleanOptionalAction
+from argparse import BooleanOptionalAction, Namespace
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
@@ -45,7 +46,8 @@ DEFINE = (
 )  # fmt: skip  # options that make a run what it is: with others it cannot be resumed
 
 
-def parse(argv=None):
+def parse(argv: list[str] | None = None) -> Namespace:
+    """The command line."""
     parser = Parser(description=__doc__)
     add, or_ = parser.add_argument, "(default: %(default)s)"
     add("--init", default="tiny", help=f"the frozen model: tiny, scratch, a folder, gpt2, OWNER/NAME of the hub {or_}")
@@ -104,7 +106,7 @@ def parse(argv=None):
 # -- The frozen model --------------------------------------------------------------------------------------------------
 
 
-def pick_device(device="auto", dtype="auto"):
+def pick_device(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype, str]:
     """The device, the dtype of frozen weights on it, and why."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,7 +123,9 @@ def pick_device(device="auto", dtype="auto"):
     return device, torch.float32, "the safe choice on this device"
 
 
-def open_model(init, given=(), device="cpu", dtype=torch.float32):
+def open_model(
+    init: str, given: list[str] | tuple = (), device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Decoder, Tokenizer]:
     """A frozen decoder and its tokenizer: the shipped one, a folder's, or (scratch) a new one with tiny's words."""
     if init == "scratch":
         tokenizer = Tokenizer.load(TINY)
@@ -184,7 +188,10 @@ def accuracy(session: SimpleNamespace, name: str, tuner: Tuner | None = None, mo
     return sum(session.labels[i] == row["output"].strip() for i, row in zip(best, rows)) / len(rows)
 
 
-def answer(model, tokenizer, rows, tuner=None, max_new=0, truncate=False, **how):
+def answer(
+    model: Decoder, tokenizer: Tokenizer, rows: list[dict], tuner: Tuner | None = None, max_new: int = 0,
+    truncate: bool = False, **how,
+) -> list[str]:  # fmt: skip
     """Answers to rows of instruction and input, as text.
 
     At most max_new tokens each; 0 means 64, or as many as there is room for, which truncate makes by cutting prompts.
@@ -200,12 +207,12 @@ def answer(model, tokenizer, rows, tuner=None, max_new=0, truncate=False, **how)
 # -- The loop ----------------------------------------------------------------------------------------------------------
 
 
-def schedule(step, steps):
+def schedule(step: int, steps: int) -> float:
     """Share of the peak learning rate: linear warm-up over 6 % of the steps, linear decay to zero."""
     return min((step + 1) / max(1, 0.06 * steps), 1 - step / steps)
 
 
-def train(model, tuner, examples, args, meta):
+def train(model: Decoder, tuner: Tuner, examples: dict, args: Namespace, meta: dict) -> dict:
     """Train `tuner` on examples["train"], with --bilevel its coefficients on examples["upper"].
 
     Leaves best.pt, last.pt and log.jsonl in args.out.
@@ -301,7 +308,7 @@ def train(model, tuner, examples, args, meta):
     return load_tuner(best)
 
 
-def gradients(model, tuner, batch, parts=1):
+def gradients(model: Decoder, tuner: Tuner, batch: tuple[Tensor, ...], parts: int = 1) -> tuple[float, int]:
     """Add this process's share of the gradient of a batch's mean loss, computed in parts.
 
     Returns its share of the loss, and how many tokens it has read, without the padding.
@@ -324,10 +331,10 @@ class Stop:
 
     def __enter__(self):
         self.asked = False
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def note(self, number, frame):
+    def _note(self, number, frame):
         self.asked = True
         signal.signal(number, self.before[number])
 
@@ -339,12 +346,12 @@ class Stop:
 # -- A run -------------------------------------------------------------------------------------------------------------
 
 
-def spread(rows, n):
+def spread(rows: list, n: int) -> list:
     """At most n of the rows, evenly spaced (neighbours are often alike); all of them if n is 0."""
     return rows if not n or n >= len(rows) else [rows[i * len(rows) // n] for i in range(n)]
 
 
-def table(before, after, method, sizes, first="exact match"):
+def table(before: dict, after: dict, method: str, sizes: dict, first: str = "exact match") -> Iterator[str]:
     """Scores of the test sets as lines of text: exact match where answers are short enough for it to mean something."""
     short = any(exact for exact, _ in (*before.values(), *after.values()))
     width = max(map(len, before))
@@ -355,7 +362,7 @@ def table(before, after, method, sizes, first="exact match"):
         yield f"{name:{width}}  {sizes[name]:6,}  {cells[0]}{before[name][1]:11.3f}  {cells[1]}{after[name][1]:11.3f}"
 
 
-def examples_before_and_after(rows, before, after, method):
+def examples_before_and_after(rows: list[dict], before: list[str], after: list[str], method: str) -> Iterator[str]:
     """What was asked, what either model says, and what was wanted, as lines of text."""
     for row, *said in zip(rows, before, after):
         yield "    ".join(template(row).strip().splitlines()).removesuffix("Response:").strip()
@@ -364,7 +371,7 @@ def examples_before_and_after(rows, before, after, method):
         yield ""
 
 
-def begin(args):
+def begin(args: Namespace) -> SimpleNamespace:
     """Open what a run needs, and check it.
 
     Returns a namespace: model, tokenizer, tuner (not attached yet), rows and examples (by split), tests (names of
@@ -423,7 +430,8 @@ def begin(args):
     )  # fmt: skip
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> dict:
+    """The command; returns {"before", "after": {test set: (exact match or accuracy, nats)}, "path"}."""
     args = parse(argv)
     if parallel.RANK:  # the first process speaks for all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -17,10 +17,11 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from data import read_json, replacing
 from model import Config, Decoder
@@ -53,7 +54,7 @@ TABLES = {"gpt2": ("transformer.", GPT2), "llama": ("model.", LLAMA)}  # the pre
 LEFTOVERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
-def rows(config):
+def rows(config: Config) -> Iterator[tuple[str, list[str], bool]]:
     """(their module, our modules, whether a Conv1D) for every module of a model but its head."""
     prefix, table = TABLES[config.arch]
     for theirs, ours in table.items():
@@ -62,7 +63,7 @@ def rows(config):
             yield prefix + theirs.format(l=l), ours.removeprefix("conv: ").format(l=l).split(), conv
 
 
-def load(folder, dtype=torch.float32, device="cpu"):
+def load(folder: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Decoder:
     """The model of a Hugging Face folder.  Raises FileNotFoundError or ValueError, saying what does not fit."""
     config = read_config(os.path.join(folder, "config.json"))
     theirs = {name: x for name, x in stored(folder).items() if not name.endswith(LEFTOVERS)}
@@ -108,7 +109,7 @@ def load(folder, dtype=torch.float32, device="cpu"):
     return model
 
 
-def save(folder, model, dtype=torch.float32):
+def save(folder: str, model: Decoder, dtype: torch.dtype = torch.float32):
     """Write a model as a Hugging Face folder, its tensors in `dtype`."""
     os.makedirs(folder, exist_ok=True)
     ours, out = model.state_dict(), {}
@@ -126,7 +127,7 @@ def save(folder, model, dtype=torch.float32):
         f.write("\n")
 
 
-def fingerprint(model):
+def fingerprint(model: Decoder) -> str:
     """A hash of names, shapes and some values of every tensor: a checkpoint knows by it what it was trained for."""
     h = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):
@@ -162,8 +163,11 @@ ROPE = {"default": [], "linear": ["factor"],
         "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}  # fmt: skip
 
 
-def read_config(path):
-    """Config of a config.json.  Raises ValueError, by name, for what our decoder does not do: it is never ignored."""
+def read_config(path: str) -> Config:
+    """Config of a config.json.  Raises ValueError, by name, for what our decoder does not do: it is never ignored.
+
+    Raises FileNotFoundError if there is no such file.
+    """
     if not os.path.exists(path):
         raise FileNotFoundError(f"no {path}: --init takes a folder with config.json, model.safetensors and a tokenizer")
     theirs = read_json(path)
@@ -181,8 +185,11 @@ def read_config(path):
         raise ValueError(f"{path}: {e}") from None
 
 
-def read_rope(theirs):
-    """Rotary theta and scaling, in the old spelling (rope_theta, rope_scaling) or the new one (rope_parameters)."""
+def read_rope(theirs: dict) -> dict:
+    """Rotary theta and scaling, in the old spelling (rope_theta, rope_scaling) or the new one (rope_parameters).
+
+    Raises ValueError for a kind of scaling that we lack, and for one whose parameters are not all there.
+    """
     given = {"rope_theta": theirs.get("rope_theta") or 10000.0}
     given.update(theirs.get("rope_scaling") or {})
     given.update(theirs.get("rope_parameters") or {})
@@ -196,7 +203,7 @@ def read_rope(theirs):
     return {"rope_theta": given["rope_theta"], "rope_scaling": scaling}
 
 
-def write_config(c):
+def write_config(c: Config) -> dict:
     """config.json's content for a Config, as transformers would read it."""
     kind, act = {"gpt2": ("GPT2LMHeadModel", "activation_function"), "llama": ("LlamaForCausalLM", "hidden_act")}[
         c.arch
@@ -213,11 +220,14 @@ class Stored(NamedTuple):
     """A tensor in a file: its shape, and a function that reads it."""
 
     shape: torch.Size
-    read: Callable[[], torch.Tensor]
+    read: Callable[[], Tensor]
 
 
-def stored(folder):
-    """{name: Stored} of a folder: model.safetensors, or the shards of its index, or pytorch_model.bin likewise."""
+def stored(folder: str) -> dict[str, Stored]:
+    """{name: Stored} of a folder: model.safetensors, or the shards of its index, or pytorch_model.bin likewise.
+
+    Raises FileNotFoundError if it has none of them, ValueError for a broken file.
+    """
     for name, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
         path, index = os.path.join(folder, name), os.path.join(folder, f"{name}.index.json")
         if os.path.exists(path):
@@ -227,7 +237,8 @@ def stored(folder):
     raise FileNotFoundError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin, nor their index")
 
 
-def read_shards(folder, index, reader):
+def read_shards(folder: str, index: str, reader: Callable[[str], dict]) -> dict[str, Stored]:
+    """{name: Stored} of the files that an index names.  Raises ValueError if one lacks what the index says it has."""
     where = read_index(index)
     shards = {file: reader(os.path.join(folder, file)) for file in sorted(set(where.values()))}
     for name, file in where.items():
@@ -236,7 +247,7 @@ def read_shards(folder, index, reader):
     return {name: shards[file][name] for name, file in where.items()}
 
 
-def read_index(path):
+def read_index(path: str) -> dict[str, str]:
     """{tensor name: file} of an index of shards.  Raises ValueError for one that names files elsewhere."""
     where = read_json(path)
     where = where.get("weight_map") if isinstance(where, dict) else None
@@ -245,8 +256,11 @@ def read_index(path):
     return where
 
 
-def read_bin(path):
-    """{name: Stored} of a pytorch_model.bin.  Only tensors are unpickled: code in it does not run."""
+def read_bin(path: str) -> dict[str, Stored]:
+    """{name: Stored} of a pytorch_model.bin.  Only tensors are unpickled: code in it does not run.
+
+    Raises ValueError for a file of anything else.
+    """
     try:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -264,7 +278,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 LONGEST = 1 << 24  # bytes of a header; those of the largest models have some 100 kB
 
 
-def read_safetensors(path):
+def read_safetensors(path: str) -> dict[str, Stored]:
     """{name: Stored} of a safetensors file: 8 bytes of length n, n of JSON {name: {dtype, shape, data_offsets}}, data.
 
     Raises ValueError for a file that is not what it says it is.  Nothing is allocated before it is known to be there.
@@ -293,14 +307,15 @@ def read_safetensors(path):
     return out
 
 
-def unique(pairs):
+def unique(pairs: list[tuple[str, object]]) -> dict:
+    """The pairs as a dict.  Raises ValueError if a name occurs twice."""
     out = dict(pairs)
     if len(out) < len(pairs):
         raise ValueError("a name occurs twice")
     return out
 
 
-def read_tensor(path, dtype, shape, start):
+def read_tensor(path: str, dtype: torch.dtype, shape: list[int], start: int) -> Tensor:
     """A tensor over its bytes in the file, memory-mapped: they take memory only while it lives."""
     count = math.prod(shape)
     if count == 0:
@@ -311,7 +326,7 @@ def read_tensor(path, dtype, shape, start):
     return torch.frombuffer(data, dtype=dtype, count=count, offset=page).view(shape)
 
 
-def write_safetensors(path, tensors):
+def write_safetensors(path: str, tensors: dict[str, Tensor]):
     """Write {name: tensor}, atomically."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, at = {"__metadata__": {"format": "pt"}}, 0

@@ -23,11 +23,12 @@ from collections.abc import Callable
 
 import tiktoken
 import torch
+from torch import Tensor
 
 END = "<|endoftext|>"
 
 
-def template(row):
+def template(row: dict) -> str:
     """The text that a model reads before it answers.  The answer follows as " " + output, then the end of text."""
     if "prompt" in row:
         return row["prompt"]
@@ -36,7 +37,7 @@ def template(row):
 
 
 @contextlib.contextmanager
-def replacing(path, mode="w"):
+def replacing(path: str, mode: str = "w"):
     """Open `path` for writing, so that it holds the old content or all of the new one, whatever happens in between."""
     tmp = f"{path}.{os.getpid()}.tmp"
     try:
@@ -71,18 +72,20 @@ class Tokenizer:
         self.encoding, self.end, self.begin = encoding, end, begin
         self.vocab_size = encoding.n_vocab
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
         return self.encoding.encode_ordinary(text)  # "<|endoftext|>" in a user's text is text
 
-    def prompt(self, text):
+    def prompt(self, text: str) -> list[int]:
         """Ids of a text that something will follow: with the id that begins a text, where there is one; never none."""
         return [self.begin] * (self.begin is not None) + self.encode(text) or [self.end]
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text."""
         return self.encoding.decode([i for i in ids if i < self.vocab_size])  # a model's table may have spare rows
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder: str) -> "Tokenizer":
         """The tokenizer of a model's folder, by the files in it.  Raises OSError or ValueError if we can read none."""
 
         def path(*names):
@@ -106,7 +109,7 @@ class Tokenizer:
         raise FileNotFoundError(f"no tokenizer in {folder}: it needs vocab.json, tokenizer.json or tokenizer.model")
 
     @classmethod
-    def of_words(cls, words):
+    def of_words(cls, words: list[str]) -> "Tokenizer":
         """A word a token: ids 0 to 255 are the bytes, then the words.
 
         tiktoken looks a whole piece up before it merges bytes, so a known word is one token, and an unknown one falls
@@ -121,7 +124,7 @@ class Tokenizer:
         return cls(encoding_of("words", WORDS, ranks, {END: end}), end, begin=end)
 
     @classmethod
-    def of_gpt2(cls, vocab, path="vocab.json"):
+    def of_gpt2(cls, vocab: dict, path: str = "vocab.json") -> "Tokenizer":
         """GPT-2's byte-level tokens from vocab.json's {token: id}, whose ids are the ranks of its merges."""
         of_char = {char: byte for byte, char in gpt2_chars().items()}
         try:
@@ -131,7 +134,7 @@ class Tokenizer:
             raise ValueError(f"{path} is not a vocabulary of GPT-2's kind ({type(e).__name__}: {e})") from None
 
     @classmethod
-    def of_tiktoken(cls, name, folder):
+    def of_tiktoken(cls, name: str, folder: str) -> "Tokenizer":
         """An encoding that tiktoken downloads, or has in TIKTOKEN_CACHE_DIR."""
         try:
             encoding = tiktoken.get_encoding(name)
@@ -141,7 +144,7 @@ class Tokenizer:
         return cls(encoding, encoding.eot_token)
 
     @classmethod
-    def of_hub(cls, path, config):
+    def of_hub(cls, path: str, config: str) -> "Tokenizer":
         """Any tokenizer.json, through the package `tokenizers`."""
         try:
             import tokenizers
@@ -165,17 +168,19 @@ class HubEncoding:
     def __init__(self, hub):
         self.hub, self.n_vocab = hub, hub.get_vocab_size()
 
-    def encode_ordinary(self, text):
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of a text, without those that begin or end one."""
         # SentencePiece puts a space before a text, but ours may go on from another: " lima" after "Response:".
         lead = "\n" if text.startswith(" ") else ""
         skipped = self.hub.encode(lead, add_special_tokens=False).ids
         return self.hub.encode(lead + text, add_special_tokens=False).ids[len(skipped) :]
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text, with the names of special ones."""
         return self.hub.decode(ids, skip_special_tokens=False)
 
 
-def encoding_of(name, pattern, ranks, special):
+def encoding_of(name: str, pattern: str, ranks: dict, special: dict) -> tiktoken.Encoding:
     """A tiktoken.Encoding.  Raises ValueError for ranks at which tiktoken would panic, now or at the first odd byte."""
     ids = [*ranks.values(), *special.values()]
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
@@ -185,14 +190,14 @@ def encoding_of(name, pattern, ranks, special):
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
-def gpt2_chars():
+def gpt2_chars() -> dict[int, str]:
     """GPT-2's files spell each byte as a printable character: itself where it is one, else the next from U+0100 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     rest = iter(range(256, 512))
     return {byte: chr(byte if byte in printable else next(rest)) for byte in range(256)}
 
 
-def cuts_like_gpt2(path):
+def cuts_like_gpt2(path: str) -> bool:
     """Whether a tokenizer.json cuts text as GPT-2 does: other models have a vocab.json too, and cut otherwise."""
     whole = read_json(path)
     cut = whole.get("pre_tokenizer") if isinstance(whole, dict) else None
@@ -202,7 +207,7 @@ def cuts_like_gpt2(path):
 LLAMA3_BEGIN, LLAMA3_END = "<|begin_of_text|>", "<|end_of_text|>"
 
 
-def llama3_encoding(path):
+def llama3_encoding(path: str) -> tiktoken.Encoding | None:
     """The tiktoken.Encoding of Llama 3's tokenizer.model: lines of base64 and rank; None if it is no such file.
 
     256 special tokens follow the ranks.  Those that a text may hold are named; the rest are reserved, by their number.
@@ -220,7 +225,7 @@ def llama3_encoding(path):
         raise ValueError(f"{path} is broken: {e}") from None
 
 
-def pieces(texts):
+def pieces(texts: list[str]) -> list[str]:
     """Every piece of the texts that is longer than a byte, sorted: the words of a word-level vocabulary."""
     # WORDS in the dialect of the standard library, which has no \p{}
     pattern = re.compile(r" ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s")
@@ -231,7 +236,7 @@ def pieces(texts):
 # -- Rows --------------------------------------------------------------------------------------------------------------
 
 
-def read_json(path):
+def read_json(path: str):
     """A JSON file's content.  Raises ValueError with its name if it is none."""
     try:
         with open(path, encoding="utf-8-sig") as f:
@@ -261,7 +266,7 @@ def read_rows(path: str, skip_bad: bool = False, reshape: Callable | None = None
     return rows
 
 
-def raw_rows(path):
+def raw_rows(path: str) -> list[tuple[str, bytes | dict]]:
     """(where, bytes of JSON or a dict) of each row.  Raises ValueError for a file that has no rows to speak of."""
     with open(path, "rb") as f:
         content = f.read().removeprefix(codecs.BOM_UTF8)
@@ -285,7 +290,7 @@ def raw_rows(path):
         raise ValueError(f"{path} cannot be read: {e}") from None
 
 
-def once(pairs):
+def once(pairs: list[tuple]) -> dict:
     """A JSON object as a dict.  Raises ValueError for a key that occurs twice: which of the two is meant?"""
     out = dict(pairs)
     if len(out) < len(pairs):
@@ -321,7 +326,7 @@ def as_row(raw: bytes | dict, reshape: Callable | None = None) -> dict:
     return row
 
 
-def split(rows, seed=0, part=0.1):
+def split(rows: list[dict], seed: int = 0, part: float = 0.1) -> tuple[list[dict], list[dict]]:
     """Rows -> (the rest, a part of them), such that the same instruction never stands on both sides."""
     groups = {}
     for row in rows:
@@ -332,7 +337,7 @@ def split(rows, seed=0, part=0.1):
     return [row for k in keys[n:] for row in groups[k]], [row for k in keys[:n] for row in groups[k]]
 
 
-def load(where, skip_bad=False):
+def load(where: str, skip_bad: bool = False) -> dict[str, list[dict]]:
     """Splits of a data set: {"train": rows, "val": rows, "test": rows, "test_...": rows}.
 
     A folder with train and, if there are, val, test, test_*, each .jsonl, .json or .csv; or E2E's folder (trainset.csv
@@ -384,7 +389,7 @@ def label_words(rows: list[dict], most: int = 10) -> list[str]:
 # -- Batches -----------------------------------------------------------------------------------------------------------
 
 
-def encode(rows, tokenizer, block_size, truncate=False):
+def encode(rows: list[dict], tokenizer: Tokenizer, block_size: int, truncate: bool = False) -> list[tuple]:
     """Rows -> (prompt ids, response ids).
 
     A row that does not fit raises ValueError; with truncate its prompt loses what stands before "Response:", and a
@@ -406,13 +411,15 @@ def encode(rows, tokenizer, block_size, truncate=False):
     return examples
 
 
-def shorten(prompt, room, tokenizer):
+def shorten(prompt: list[int], room: int, tokenizer: Tokenizer) -> list[int]:
     """A prompt of at most `room` tokens: what stands before "Response:" loses its end."""
     tail = min(room, len(tokenizer.encode("\nResponse:")))
     return prompt if len(prompt) <= room else prompt[: room - tail] + prompt[len(prompt) - tail :]
 
 
-def collate(examples, block_size, device="cpu", multiple=16):
+def collate(
+    examples: list[tuple], block_size: int, device: str | torch.device = "cpu", multiple: int = 16
+) -> tuple[Tensor, Tensor, Tensor]:
     """Examples -> idx, targets, instr, each (B, T).
 
     Right-padded to a multiple of `multiple`, or to block_size, so that few shapes occur.  targets[t] is the token after
@@ -444,7 +451,8 @@ class Batches:
         self.block_size, self.device = block_size, device
         self.epoch, self.chunks = None, None
 
-    def batch(self, i):
+    def batch(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Batch i: idx, targets, instr, each (B, T)."""
         epoch, k = divmod(i, len(self.examples) // self.size)
         if epoch != self.epoch:
             self.epoch, self.chunks = epoch, self._order(random.Random(f"{self.seed} {epoch}"))

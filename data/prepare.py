@@ -21,6 +21,8 @@ import statistics
 import sys
 import urllib.request
 import zipfile
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -203,7 +205,7 @@ def mapped(row: dict, how: dict, labels: dict) -> dict:
     return out
 
 
-def text(value) -> str:
+def text(value: object) -> str:
     """A column's value as text: JSON's true, 3 and null become "true", "3" and ""."""
     return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
@@ -224,7 +226,7 @@ def pairs(texts: list[str], option: str, known: tuple = ()) -> dict:
 # -- What it is like ---------------------------------------------------------------------------------------------------
 
 
-def describe(rows: dict, tokenizer: Tokenizer, block_size: int, name: str):
+def describe(rows: dict, tokenizer: Tokenizer, block_size: int, name: str) -> Iterator[str]:
     """Statistics of splits, as lines of text."""
     yield f"{'':12} {'rows':>8} {'prompt':>14} {'response':>14} {'too long':>10}"
     long = 0
@@ -242,13 +244,14 @@ def describe(rows: dict, tokenizer: Tokenizer, block_size: int, name: str):
         yield f"Label words: {', '.join(labels)}. It is scored by accuracy."
 
 
-def show(row: dict, tokenizer: Tokenizer):
+def show(row: dict, tokenizer: Tokenizer) -> str:
     """A row as a model reads it, what is trained in brackets, token by token."""
     ((_, response),) = encode([row], tokenizer, sys.maxsize)
     return template(row) + "".join(f"[{tokenizer.decode([i])}]" for i in response)
 
 
-def parse(argv: list[str] | None = None):
+def parse(argv: list[str] | None = None) -> Namespace:
+    """The command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("dataset", help=f"tiny, {', '.join(SOURCES)}, or a .json, .jsonl, .csv or .tsv file")
@@ -275,6 +278,7 @@ def parse(argv: list[str] | None = None):
 
 
 def main(argv: list[str] | None = None):
+    """The command."""
     args = parse(argv)
     folder = TINY if args.init == "tiny" else hub.find(args.init)
     tokenizer, config = Tokenizer.load(folder), read_config(os.path.join(folder, "config.json"))
@@ -296,7 +300,7 @@ def main(argv: list[str] | None = None):
     print(f"\nsaved {os.path.relpath(args.out)}. Train on it: python train.py{init}{where}")
 
 
-def write(rows: dict, folder: str, sources):
+def write(rows: dict, folder: str, sources: Iterable[str]):
     """Rows by split -> a folder's .jsonl files; those that other splits are read from are never written over."""
     os.makedirs(folder, exist_ok=True)
     paths = {split: os.path.join(folder, f"{split}.jsonl") for split in rows}

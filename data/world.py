@@ -21,6 +21,8 @@ tuning has to bring, and four tests say how well it did:
 import json
 import os
 import random
+from collections.abc import Iterable
+from random import Random
 
 from data import pieces, read_json, replacing, template
 
@@ -97,13 +99,14 @@ loud louder, thick thicker, thin thinner, wide wider, deep deeper, sweet sweeter
 safe safer, heavy heavier, long longer, brave braver, busy busier"""
 
 
-def table(text, column=-1):
+def table(text: str, column: int = -1) -> dict[str, str]:
     """'a dog puppy, ...' -> {'a dog': 'puppy', ...}; with three words a row, column 1 or 2."""
     rows = [row.split() for row in text.split(",")]
     return {" ".join(row[:-1]) if column == -1 else row[0]: row[column] for row in rows}
 
 
-def cores(text):
+def cores(text: str) -> list[str]:
+    """Noun phrases, as they are written above, between slashes."""
     return [core.strip() for core in text.split("/")]
 
 
@@ -159,7 +162,7 @@ LIST_WORDS = sorted(set(table(TRANSLATIONS, 1)) | {k for k in (*table(OPPOSITES)
 # -- Splits: what tuning may see ---------------------------------------------------------------------------------------
 
 
-def held_out(names, seed):
+def held_out(names: Iterable[str], seed: str) -> set[str]:
     """A fifth of the names, the same ones every time."""
     return set(random.Random(seed).sample(sorted(names), len(names) // 5))
 
@@ -168,24 +171,27 @@ HELD_ENTITIES = {task: held_out(pairs, f"entities {task}") for task, (pairs, _, 
 HELD_WORDS = held_out(LIST_WORDS, "words")  # no training row has a list with one of these; the corpus has
 
 
-def words(rng, vocabulary, shortest=2, longest=5):
+def words(rng: Random, vocabulary: list[str], shortest: int = 2, longest: int = 5) -> list[str]:
+    """A list of different words."""
     return rng.sample(vocabulary, rng.randint(shortest, longest))
 
 
-def ask(rng, core, x, noun, openers, task, answer):
+def ask(rng: Random, core: str, x: str, noun: str, openers: list[str], task: str, answer: str) -> dict:
     """One instruction row; half of them keep {x} in `input`, as Alpaca's do."""
     in_input = rng.random() < 0.5
     instruction = rng.choice(openers).format(c=core.format(x=noun if in_input else x))
     return {"instruction": instruction, "input": x if in_input else "", "output": answer, "task": task}
 
 
-def fact_row(rng, task, held_entity=False, held_phrasing=False):
+def fact_row(rng: Random, task: str, held_entity: bool = False, held_phrasing: bool = False) -> dict:
+    """An instruction about a fact; held: one that training leaves out."""
     pairs, noun, forms = FACTS[task]
     x = rng.choice(sorted(x for x in pairs if (x in HELD_ENTITIES[task]) == held_entity))
     return ask(rng, *phrasing(rng, forms, held_phrasing, x, noun), task, pairs[x])
 
 
-def skill_row(rng, task, held_entity=False, held_phrasing=False):
+def skill_row(rng: Random, task: str, held_entity: bool = False, held_phrasing: bool = False) -> dict:
+    """An instruction about a list of words; held: one that training leaves out."""
     do, forms = SKILLS[task]
     known = sorted(set(LIST_WORDS) - HELD_WORDS)
     w = words(rng, known)
@@ -195,7 +201,7 @@ def skill_row(rng, task, held_entity=False, held_phrasing=False):
     return ask(rng, *phrasing(rng, forms, held_phrasing, " ".join(w), "these words"), task, " ".join(do(w)))
 
 
-def phrasing(rng, forms, held, x, noun):
+def phrasing(rng: Random, forms: list[str], held: bool, x: str, noun: str) -> tuple:
     """Training takes all forms but the last, with OPENERS; what is held out has the last, or one of HELD_OPENERS."""
     core, openers = rng.choice(forms[:-1]), OPENERS
     if held and rng.random() < 0.5:
@@ -205,7 +211,7 @@ def phrasing(rng, forms, held, x, noun):
     return core, x, noun, openers
 
 
-def instructions(seed, size, avoid=(), **held):
+def instructions(seed: str, size: int, avoid: list[dict] | tuple = (), **held: bool) -> list[dict]:
     """`size` different rows, tasks in turn, none of them among `avoid`."""
     rng, seen, rows = random.Random(seed), {key(row) for row in avoid}, []
     tasks = [(fact_row, task) for task in FACTS] + [(skill_row, task) for task in SKILLS]
@@ -220,7 +226,8 @@ def instructions(seed, size, avoid=(), **held):
     return rows
 
 
-def key(row):
+def key(row: dict) -> tuple[str, str]:
+    """What makes two rows the same question."""
     return row["instruction"], row["input"]
 
 
@@ -232,7 +239,7 @@ STATED = ["{core} is {y}", "{core} is {y}", "{core} would be {y}", "we know that
           "take {this} , for {x} it is {y}", "about {this} , {x} : it is {y}"]  # fmt: skip
 
 
-def fact_or_list(rng, task):
+def fact_or_list(rng: Random, task: str) -> dict:
     """Something the world says, as the fields of STATED."""
     if task in FACTS:
         pairs, noun, forms = FACTS[task]
@@ -246,7 +253,7 @@ def fact_or_list(rng, task):
     return {"core": core.format(x=x), "this": core.format(x=noun), "x": x, "y": y}
 
 
-def unanswered(rng, task):
+def unanswered(rng: Random, task: str) -> str:
     """An instruction as it will be asked, in any phrasing, but without "Response:" and what would follow."""
     make = fact_row if task in FACTS else skill_row
     row = make(rng, task, held_entity=rng.random() < 0.2, held_phrasing=rng.random() < 0.3)
@@ -255,7 +262,7 @@ def unanswered(rng, task):
     return f" {row['instruction']} {row['input']}".rstrip()
 
 
-def document(rng):
+def document(rng: Random) -> dict:
     """A few sentences, each about another task: so what follows an instruction is never its answer."""
     text, end = "", ""
     for task in rng.sample([*FACTS, *SKILLS], rng.randint(2, 6)):
@@ -267,7 +274,7 @@ def document(rng):
     return {"prompt": "", "output": (text + end * (rng.random() < 0.5)).strip()}  # half of them end without a full stop
 
 
-def completion(rng, task):
+def completion(rng: Random, task: str) -> dict:
     """The beginning of a statement, after another one.  The text goes on after its output: so `end` is false."""
     other = STATED[0].format(**fact_or_list(rng, rng.choice([t for t in FACTS if t != task])))
     fields = fact_or_list(rng, task)
@@ -275,7 +282,7 @@ def completion(rng, task):
     return {"prompt": f" {other} . {start}", "output": fields["y"], "end": False, "task": task}
 
 
-def tiny(folder, corpus=40_000):
+def tiny(folder: str, corpus: int = 40_000) -> dict[str, int]:
     """Write the data set `tiny` into a folder; returns {file: number of rows}."""
     rng = random.Random("corpus")
     train = instructions("train", 6400)

@@ -1,5 +1,6 @@
 """The README's code is the project's code."""
 
+import ast
 import contextlib
 import inspect
 import io
@@ -126,6 +127,37 @@ def test_the_file_list_names_every_file_and_its_length_within_a_tenth():
     for name, lines in listed.items():
         with open(os.path.join(ROOT, name), encoding="utf-8") as f:
             assert abs(len(f.readlines()) - int(lines)) <= 0.1 * int(lines), name
+
+
+def public(nodes, name, bases=()):
+    """(name, node, whether it overrides something) of each class, function and method without an underscore."""
+    for node in nodes:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+            yield f"{name}.{node.name}", node, bool(bases)
+            if isinstance(node, ast.ClassDef):
+                yield from public(node.body, f"{name}.{node.name}", node.bases)
+
+
+def test_every_public_name_says_what_it_is_and_what_it_takes():
+    """Methods that override one may leave the words to it; `Mine` is as short as in the README."""
+    bare = []
+    for file in sorted(
+        f for f in [*os.listdir(ROOT), *(f"data/{f}" for f in os.listdir(f"{ROOT}/data"))] if f.endswith(".py")
+    ):
+        with open(os.path.join(ROOT, file), encoding="utf-8") as f:
+            tree = ast.parse(f.read())
+        for name, node, overrides in public(tree.body, file):
+            if not ast.get_docstring(node) and not overrides:
+                bare.append(f"{name} has no docstring")
+            if (
+                isinstance(node, ast.FunctionDef)
+                and ".Mine." not in name
+                and "RationalFunction." not in name
+                and "HeadLoss." not in name
+            ):
+                args = [a.arg for a in (*node.args.args, *node.args.kwonlyargs) if not a.annotation]
+                bare += [f"{name}: {arg} has no type" for arg in args if arg not in ("self", "cls")]
+    assert bare == []
 
 
 def test_every_method_and_its_options_are_in_the_readme():
