@@ -12,6 +12,7 @@ in the same round.  Machines change from second to second; such ratios hardly do
 installed they are among the rivals.
 """
 
+import itertools
 import os
 import statistics
 import time
@@ -319,17 +320,16 @@ def serve(args: Namespace):
     rows = []
     for name in args.shapes.split(","):
         model = random_model(name, args)
-        for n in args.tenants:
-            for beams in args.beams:
-                rows += mixed(name, model, n, beams, args)
+        for work in itertools.product(args.tenants, args.beams, args.tokens, args.new):
+            rows += mixed(name, model, *work, args)
         rows += against_peft(name, model, args)
-    report(args, "serve", rows, [f"Prompts of {args.tokens} tokens, {args.new} new ones each."])
+    report(args, "serve", rows)
 
 
-def mixed(name: str, model: Decoder, n: int, beams: int, args: Namespace) -> Iterator[dict]:
-    """Rows of a table: n tenants in one batch, by method, against the frozen model."""
+def mixed(name: str, model: Decoder, n: int, beams: int, T: int, new: int, args: Namespace) -> Iterator[dict]:
+    """Rows of a table: n tenants in one batch, prompts of T tokens, by method, against the frozen model."""
     B = max(args.rows, n)
-    idx = torch.randint(model.config.vocab_size, (B, args.tokens), device=args.device)
+    idx = torch.randint(model.config.vocab_size, (B, T), device=args.device)
 
     def tenants(method, *options):
         made = [build(method, model.config, options).to(args.device).eval() for _ in range(n)]
@@ -343,24 +343,24 @@ def mixed(name: str, model: Decoder, n: int, beams: int, args: Namespace) -> Ite
     for i in tqdm(range(args.rounds + 1), desc=f"{name}, {n} tenants, {beams} beams", leave=False):
         for label, tuner in rivals.items():
             tuner.attach(model)
-            tokens, everything = served(model, tuner, idx, args.new, beams)
+            tokens, everything = served(model, tuner, idx, new, beams)
             tuner.detach()
             if i:
                 decode[label].append(tokens)
                 whole[label].append(everything)
     for label, tuner in rivals.items():
         yield {
-            "shape": name, "rows": B, "tenants": n, "beams": beams, "method": label,
+            "shape": name, "rows": B, "tenants": n, "beams": beams, "prompt": T, "new": new, "method": label,
             "decode, of the frozen model's": ratio(decode, label, "frozen") if beams == 1 else "",
             "all, of the frozen model's": ratio(whole, label, "frozen"), "all, of iapt's": ratio(whole, label, "iapt"),
-            "tokens/s": f"{B * args.new / statistics.median(whole[label]):,.0f}",
+            "tokens/s": f"{B * new / statistics.median(whole[label]):,.0f}",
             "kB a tenant": f"{sum(p.numel() for p in tuner.parameters()) * 4 / 1000 / n:,.0f}",
         }  # fmt: skip
 
 
 def against_peft(name: str, model: Decoder, args: Namespace) -> Iterator[dict]:
     """Rows of a table: peft's LoRA with an adapter for each row of a batch, against its frozen model and our IAPT."""
-    n = args.rows
+    n, T, new = args.rows, args.tokens[0], args.new[0]
     if not HUB:
         return
     import peft
@@ -373,12 +373,12 @@ def against_peft(name: str, model: Decoder, args: Namespace) -> Iterator[dict]:
     tuned.eval()
     ours = Tenants([build("iapt", model.config).to(args.device).eval() for _ in range(n)], range(n)).to(args.device)
     ours.attach(model)
-    idx = torch.randint(model.config.vocab_size, (n, args.tokens), device=args.device)
-    how = dict(attention_mask=torch.ones_like(idx), max_new_tokens=args.new, min_new_tokens=args.new, do_sample=False,
+    idx = torch.randint(model.config.vocab_size, (n, T), device=args.device)
+    how = dict(attention_mask=torch.ones_like(idx), max_new_tokens=new, min_new_tokens=new, do_sample=False,
                pad_token_id=0)  # fmt: skip
     names = [f"t{i}" for i in range(n)]
     rivals = {
-        "ours: iapt": lambda: served(model, ours, idx, args.new, 1),
+        "ours: iapt": lambda: served(model, ours, idx, new, 1),
         "transformers: frozen": lambda: frozen.generate(idx, **how),
         "peft: LoRA r=8 on q, v": lambda: tuned.generate(input_ids=idx, adapter_names=names, **how),
     }
@@ -386,10 +386,11 @@ def against_peft(name: str, model: Decoder, args: Namespace) -> Iterator[dict]:
         seconds = interleaved(rivals, args.rounds, args.device, f"{name}, peft")
     for label in rivals:
         yield {
-            "shape": name, "rows": n, "tenants": n, "beams": 1, "method": label, "decode, of the frozen model's": "",
+            "shape": name, "rows": n, "tenants": n, "beams": 1, "prompt": T, "new": new, "method": label,
+            "decode, of the frozen model's": "",
             "all, of the frozen model's": ratio(seconds, label, "transformers: frozen") if "ours" not in label else "",
             "all, of iapt's": ratio(seconds, label, "ours: iapt"),
-            "tokens/s": f"{n * args.new / statistics.median(seconds[label]):,.0f}", "kB a tenant": "",
+            "tokens/s": f"{n * new / statistics.median(seconds[label]):,.0f}", "kB a tenant": "",
         }  # fmt: skip
 
 
@@ -415,9 +416,10 @@ def parse(argv: list[str] | None = None) -> Namespace:
         shapes = "gpt2-6x384,llama-6x288" if name == "step" else "llama-6x288"
         add("--shapes", default=shapes, help=f"{', '.join(SHAPES)} {or_}")
         add("--rows", type=int, default=8, help=f"of a batch {or_}")
-        add("--tokens", type=int, default=128 if name == "step" else 64, help=f"of a row {or_}")
+    timed["step"].add_argument("--tokens", type=int, default=128, help=f"of a row {or_}")
     add = timed["serve"].add_argument
-    add("--new", type=int, default=64, help=f"tokens to write {or_}")
+    add("--tokens", type=int, nargs="+", default=[64], help=f"of a prompt {or_}")
+    add("--new", type=int, nargs="+", default=[64], help=f"tokens to write {or_}")
     add("--tenants", type=int, nargs="+", default=[1, 8, 64], help=or_)
     add("--beams", type=int, nargs="+", default=[1], help=or_)
     args, args.rest = parser.parse_known_args(argv)

@@ -258,6 +258,7 @@ class IAPT(Tuner):
         pool         what a soft token reads: attention; mean or last token, the same for all P of them
         space        what it writes: 'kv', keys and values; 'hidden', states that pass the layer's norm, k and v
         static       add a learned constant; the up-projection starts at zero, so training starts at a static prompt
+        beside       so many more soft tokens that are constants alone, the same for every instruction
         norm         bring H and Q to unit mean square
         static_lr    learning rate of the static part, of --lr
         act_lr       learning rate of the coefficients, of --lr
@@ -273,7 +274,7 @@ class IAPT(Tuner):
     def __init__(
         self, config: Config, P: int = 4, m: int = 0, share: int = 1, activation: Activation = "rational",
         one_act: bool = False, pool: Pool = "attention", space: Space = "kv", static: bool = True, norm: bool = True,
-        static_lr: float = 20.0, act_lr: float = 0.2,
+        beside: int = 0, static_lr: float = 20.0, act_lr: float = 0.2,
     ):  # fmt: skip
         super().__init__()
         self.rates = {"static": static_lr, "act": act_lr}
@@ -287,11 +288,15 @@ class IAPT(Tuner):
         acts = [ACTIVATIONS[activation]()] * L if one_act else [ACTIVATIONS[activation]() for _ in range(L)]
         owned = [(down[l // share], up[l // share], acts[l]) for l in range(L)]
         self.generators = nn.ModuleList(Generator(*parts, P, pool, norm) for parts in owned)
-        self.static = nn.ParameterList(torch.randn(P, out) * 0.1 for _ in range(L if static else 0))
+        self.beside, constants = beside, beside + P * static
+        self.static = nn.ParameterList(torch.randn(constants, out) * 0.1 for _ in range(L if constants else 0))
 
     def prompt(self, l: int, x: Tensor, instr: Tensor) -> Tensor:
-        s = self.generators[l](x, instr)
-        return s + self.static[l] if len(self.static) else s  # (B, P, out)
+        s = self.generators[l](x, instr)  # (B, P, out)
+        if not len(self.static):
+            return s
+        s, constants = F.pad(s, (0, 0, self.beside, 0)), self.static[l]
+        return s + F.pad(constants, (0, 0, 0, s.shape[1] - len(constants)))  # (B, beside + P, out)
 
     def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         if self.space == "hidden":

@@ -4,8 +4,9 @@
     python pictures.py activations out/iapt                             # the activation of each layer, beside GELU
     python pictures.py attention out/iapt                               # how much all that follows looks at them
     python pictures.py curves out/iapt out/lora out/ptuning2            # validation loss, run beside run
+    python pictures.py serve out/bench/serve.json                       # what tenants cost, from bench.py serve
 
-The last three want matplotlib.  A checkpoint's own data are taken where some are needed: 64 rows for validation.
+All but the first want matplotlib.  A checkpoint's own data are taken where some are needed: 64 rows for validation.
 """
 
 import html
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cli import Parser, UsageError, run
-from data import Tokenizer, collate, encode, load, replacing, template
+from data import Tokenizer, collate, encode, load, read_json, replacing, template
 from iapt import IAPT, Tuner, rms
 from model import Decoder
 from sample import open_checkpoints, reads
@@ -214,8 +215,32 @@ def picture_curves(args: Namespace, path: str):
     save(figure, path)
 
 
+# -- What serving costs ------------------------------------------------------------------------------------------------
+
+
+def picture_serve(args: Namespace, path: str):
+    """Time to decode, of the frozen model's, by what varies in a serve.json: tenants, prompt length or new tokens."""
+    plt = plots()
+    figure, axes = plt.subplots(1, len(args.runs), figsize=(3 * len(args.runs), 2.8), sharey=True, squeeze=False)
+    for axis, file in zip(axes[0], args.runs):
+        rows = [row for row in read_json(file)["rows"] if row["decode, of the frozen model's"]]
+        x = next((key for key in ("prompt", "new") if len({row[key] for row in rows}) > 1), "tenants")
+        for method in dict.fromkeys(row["method"] for row in rows):
+            some = [row for row in rows if row["method"] == method]
+            middle, low, high = zip(*(row["decode, of the frozen model's"] for row in some))
+            (line,) = axis.plot([row[x] for row in some], middle, "o-", markersize=3, label=method)
+            axis.fill_between([row[x] for row in some], low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel={"prompt": "tokens of a prompt", "new": "new tokens"}.get(x, "tenants in the batch"))
+        axis.xaxis.set_major_formatter("{x:.0f}")
+    axes[0, 0].set_ylabel("decoding, of the frozen model's time")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=5, bbox_to_anchor=(0.5, -0.12))
+    save(figure, path)
+
+
 PICTURES = {
-    "reads": picture_reads, "activations": picture_activations, "attention": picture_attention, "curves": picture_curves
+    "reads": picture_reads, "activations": picture_activations, "attention": picture_attention,
+    "curves": picture_curves, "serve": picture_serve,
 }  # fmt: skip
 
 
@@ -224,11 +249,16 @@ def main(argv: list[str] | None = None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("picture", choices=list(PICTURES), help="what to draw")
-    add("runs", nargs="+", metavar="run", help="folder of a run, or several for curves; for reads, then an instruction")
+    add(
+        "runs",
+        nargs="+",
+        metavar="run",
+        help="folder of a run, or several for curves; for reads, then an instruction; for serve, serve.json",
+    )
     add("--input", default="", help="for reads: what the instruction is about")
     add("--out", help="the file (default: out/PICTURE.svg)")
     args = parser.parse_args(argv)
-    wanted = {"reads": (2, 2), "curves": (1, len(COLORS))}.get(args.picture, (1, 1))
+    wanted = {"reads": (2, 2), "curves": (1, len(COLORS)), "serve": (1, 3)}.get(args.picture, (1, 1))
     if not wanted[0] <= len(args.runs) <= wanted[1]:
         parser.error(
             f"{args.picture} takes {'a run and an instruction' if wanted == (2, 2) else f'up to {wanted[1]} runs'}"

@@ -36,6 +36,7 @@ ROWS = {
     "iapt": ("iapt", "", "m", 10**6),
     "iapt-paper": ("iapt", "space=hidden static=0 norm=0", "m", 10**6),
     "iapt-hidden": ("iapt", "space=hidden", "m", 10**6),
+    "iapt-beside": ("iapt", "beside=8", "m", 10**6),  # most of the budget for soft tokens that are the same for all
     "ptuning2": ("ptuning2", "", "P", 10**6),
     "static": ("static", "", "P", 10**6),
     "ptuning2-4": ("ptuning2", "P=4", None, 0),  # IAPT's static part alone ...

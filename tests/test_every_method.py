@@ -14,7 +14,13 @@ from model import generate
 
 # Options beyond the defaults that the tests below should see too.
 VARIANTS = {
-    "iapt": ["space=hidden static=0 norm=0", "share=2 activation=gelu P=3", "pool=mean one_act=1", "pool=last"],
+    "iapt": [
+        "space=hidden static=0 norm=0",
+        "share=2 activation=gelu P=3",
+        "pool=mean one_act=1",
+        "pool=last beside=2",
+        "beside=3 static=0",
+    ],
     "dynamic": ["length=1 pool=3", "position=task P=4", "position=before length=1"],
     "lora": ["on=all r=2"],
 }

@@ -130,6 +130,16 @@ def test_it_starts_at_its_static_part(model, space):
     assert not torch.equal(*tuner.prompt(1, x, instr))
 
 
+@pytest.mark.parametrize("static", [0, 1])
+def test_soft_tokens_beside_the_generated_ones_are_the_same_for_every_instruction(model, static):
+    tuner = shake(IAPT(model.config, beside=3, static=bool(static)))
+    x, instr = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
+    s = tuner.prompt(1, x, instr)
+    assert s.shape[:2] == (2, 3 + 4)
+    assert torch.equal(s[0, :3], s[1, :3]) and torch.equal(s[0, :3], tuner.static[1][:3])
+    assert not (s[0, 3:] == s[1, 3:]).any()
+
+
 def test_prepending_soft_tokens_and_discarding_them_equals_extra_keys_and_values(model):
     """At a layer, soft tokens stand before the input, are transformed with it and dropped: only their keys and values
     act.
