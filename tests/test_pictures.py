@@ -1,6 +1,7 @@
 """Pictures show what is there."""
 
 import builtins
+import json
 import os
 import xml.etree.ElementTree as ET
 
@@ -59,7 +60,11 @@ def test_attention_that_does_not_distinguish_goes_to_soft_tokens_by_their_number
 def test_a_picture_is_an_svg_file_and_the_same_each_time(picture, runs, tmp_path):
     if picture != "reads":
         pytest.importorskip("matplotlib", reason="pictures but `reads` want matplotlib")
-    given = {"reads": [runs["iapt"], "the past of go ?"], "curves": list(runs.values())}.get(picture, [runs["iapt"]])
+    rows = [{"tenants": n, "prompt": 8, "new": 8, "method": method, "decode, of the frozen model's": [n, 0.9 * n, 2 * n]}
+            for n in (1, 4) for method in ("iapt", "lora")]  # fmt: skip
+    (tmp_path / "serve.json").write_text(json.dumps({"rows": rows}))
+    given = {"reads": [runs["iapt"], "the past of go ?"], "curves": list(runs.values()),
+             "serve": [str(tmp_path / "serve.json")]}.get(picture, [runs["iapt"]])  # fmt: skip
     content = []
     for name in "ab":
         path = tmp_path / f"{name}.svg"

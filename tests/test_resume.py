@@ -1,8 +1,6 @@
 """Nothing is lost: killed runs, damaged checkpoints, full disks, two runs in one folder."""
 
-import contextlib
 import errno
-import io
 import multiprocessing
 import os
 import random
@@ -183,12 +181,14 @@ def test_a_step_computed_in_parts_is_the_step_computed_at_once(rows, tmp_path): 
         (OSError(28, "No space left on device"), "No space left"),
     ],
 )
-def test_what_a_machine_lacks_is_one_line(error, says, monkeypatch):
+def test_what_a_machine_lacks_is_one_line(error, says, monkeypatch, capsys):
     def main():
         raise error
 
-    with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit, match=says):
+    with pytest.raises(SystemExit) as stopped:
         run(main)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and says in said and said.count("\n") == 1
     monkeypatch.setattr(sys, "argv", ["train.py", "--debug"])
     with pytest.raises(type(error)):
         run(main)
