@@ -49,10 +49,12 @@ def fill(tuner: Tuner, content: dict, path: str):
 
 
 def load_tuner(path: str) -> dict:
-    """A checkpoint's content, on the CPU: `tuner`, its tensors by name, `meta`, and what else was saved.
+    """The content of a checkpoint (or of best.pt in a run's folder), on the CPU: `tuner`, its tensors by name, `meta`,
+    and what else was saved.
 
     Never unpickles code.  Raises ValueError for what is not a checkpoint, FileNotFoundError if there is nothing.
     """
+    path = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     try:
         with zipfile.ZipFile(path) as z:  # torch.load does not look at the checksums that torch.save wrote
             if z.testzip():

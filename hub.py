@@ -208,10 +208,9 @@ def receive(ask: Callable, f: BinaryIO, size: int | None, name: str):
                         bar.reset()
                         before = 0
                     length = answer.headers["Content-Length"]
-                    if size is None and not length:
-                        raise http.client.HTTPException("the server does not say how long it is")
-                    bar.total = size = size or before + int(length)
-                    while chunk := answer.read1(min(1 << 20, size - f.tell())):
+                    if size is None and length:
+                        bar.total = size = before + int(length)
+                    while chunk := answer.read1(min(1 << 20, size - f.tell()) if size else 1 << 20):
                         f.write(chunk)
                         bar.update(len(chunk))
             except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
@@ -221,6 +220,8 @@ def receive(ask: Callable, f: BinaryIO, size: int | None, name: str):
                     raise OSError(f"no {name}: the server answered {e.code}") from None
                 cause = getattr(e, "reason", None) or e
             else:
+                if size is None:  # it has not said how long it is, and this was all: the hash will tell
+                    return
                 cause = "it closed the connection"
             f.flush()
             failed = 0 if f.tell() > before else failed + 1

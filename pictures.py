@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checkpoint import load_tuner
 from cli import Parser, UsageError, run
-from data import Tokenizer, collate, encode, load, read_json, replacing, template
-from iapt import IAPT, Tuner, rms
+from data import Tokenizer, collate, encode, read_json, replacing, template
+from iapt import IAPT, Rational, Tuner, rms
 from model import Decoder
 from sample import open_checkpoints, reads
-from train import TINY, pick_device, spread
+from train import open_data, pick_device, spread
 
 GREY, COLORS = "#8b8b8b", ("#4c8dd0", "#e8833a", "#4fa84f", "#d9534f", "#9b6fc0", "#a0785a", "#d176b5", "#7a9a01")
 
@@ -105,10 +106,11 @@ def opened(path: str) -> tuple[Decoder, Tokenizer, IAPT]:
 
 def batch(path: str, model: Decoder, tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
     """64 rows of the data that a checkpoint was validated on: idx, targets, instr, each (B, T)."""
-    from checkpoint import load_tuner
-
-    meta = load_tuner(os.path.join(path, "best.pt") if os.path.isdir(path) else path)["meta"]
-    rows = spread(load(TINY if meta["data"] == "tiny" else meta["data"], skip_bad=True)["val"], 64)
+    meta = load_tuner(path)["meta"]
+    try:
+        rows = spread(open_data(meta["data"], skip_bad=True)["val"], 64)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} was trained on {meta['data']}, and that is no longer there") from None
     size = meta["block_size"]
     return collate(encode(rows, tokenizer, size, truncate=True), size, model.wte.weight.device)
 
@@ -146,8 +148,11 @@ def picture_activations(args: Namespace, path: str):
         axis.fill([], [], color=GREY, alpha=0.25, label="its inputs")
         inputs.set_yticks([])
         inputs.spines[:].set_visible(False)
-        axis.plot(x, F.gelu(x), "--", color=GREY, linewidth=1, label="GELU, its start")
-        axis.plot(x, tuner.generators[l].act(x.to(idx.device)).cpu(), color=COLORS[0], label="learned")
+        act = tuner.generators[l].act
+        learned = isinstance(act, Rational)
+        if learned:
+            axis.plot(x, F.gelu(x), "--", color=GREY, linewidth=1, label="GELU, its start")
+        axis.plot(x, act(x.to(idx.device)).cpu(), color=COLORS[0], label="learned" if learned else "fixed")
         axis.set_title(f"layer {l + 1}", fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=3, bbox_to_anchor=(0.5, -0.12))
     save(figure, path)
@@ -202,14 +207,20 @@ def picture_curves(args: Namespace, path: str):
     """Validation loss by step, of several runs."""
     plt = plots()
     figure, axis = plt.subplots(figsize=(6, 3.4))
+    names = {folder: os.path.basename(os.path.normpath(folder)) for folder in args.runs}
+    if len(set(names.values())) < len(args.runs):
+        names = {folder: folder for folder in args.runs}
     for folder in args.runs:
         log = os.path.join(folder, "log.jsonl")
         if not os.path.exists(log):
             raise FileNotFoundError(f"no {log}: curves are of folders of runs")
         with open(log, encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f]
-        name = os.path.basename(os.path.normpath(folder))
-        axis.plot([row["step"] for row in rows], [row["val"] for row in rows], label=name)
+            lines = f.read().splitlines()
+        try:
+            points = [(row["step"], row["val"]) for row in map(json.loads, lines)]
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{log} is no log of a run, or was cut off ({e})") from None
+        axis.plot(*zip(*points), label=names[folder])
     axis.set(xlabel="step", ylabel="validation loss (nats per token)", yscale="log")
     axis.legend(loc="upper right")
     save(figure, path)
@@ -223,8 +234,16 @@ def picture_serve(args: Namespace, path: str):
     plt = plots()
     figure, axes = plt.subplots(1, len(args.runs), figsize=(3 * len(args.runs), 2.8), sharey=True, squeeze=False)
     for axis, file in zip(axes[0], args.runs):
-        rows = [row for row in read_json(file)["rows"] if row["decode, of the frozen model's"]]
-        x = next((key for key in ("prompt", "new") if len({row[key] for row in rows}) > 1), "tenants")
+        try:
+            rows = [row for row in read_json(file)["rows"] if row["decode, of the frozen model's"]]
+            varied = [x for x in ("shape", "tenants", "prompt", "new") if len({row[x] for row in rows}) > 1] or [
+                "tenants"
+            ]
+        except (KeyError, TypeError):
+            raise ValueError(f"{file} is no serve.json of bench.py") from None
+        if len(varied) > 1 or varied == ["shape"]:
+            raise ValueError(f"{file} varies {' and '.join(varied)}: a plot is by tenants, prompt or new alone")
+        x = varied[0]
         for method in dict.fromkeys(row["method"] for row in rows):
             some = [row for row in rows if row["method"] == method]
             middle, low, high = zip(*(row["decode, of the frozen model's"] for row in some))
@@ -263,6 +282,8 @@ def main(argv: list[str] | None = None):
         parser.error(
             f"{args.picture} takes {'a run and an instruction' if wanted == (2, 2) else f'up to {wanted[1]} runs'}"
         )
+    if args.input and args.picture != "reads":
+        parser.error("--input is for reads")
     path = args.out or os.path.join("out", f"{args.picture}.svg")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     PICTURES[args.picture](args, path)

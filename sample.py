@@ -9,7 +9,7 @@ python sample.py out/iapt "the past of go ?" --explain                          
 python sample.py --tenant out/iapt "the past of go ?" --tenant out/lora "the plural of mouse ?"     # one batch
 """
 
-import os
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -81,8 +81,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
         )
     if args.beams < 1 or args.beams > 1 and args.temperature:
         parser.error("--beams is at least 1, and goes without --temperature")
-    if args.max_new < 0 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
-        parser.error("--max-new, --temperature and --top-k are at least 0, --top-p above 0 and at most 1")
+    if min(args.max_new, args.top_k, args.seed) < 0 or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
+        parser.error("--max-new, --temperature, --top-k and --seed are at least 0, --top-p above 0 and at most 1")
     return args
 
 
@@ -97,7 +97,7 @@ def open_checkpoints(
 
     Raises ValueError for one that was trained on another model.
     """
-    contents = {path: load_tuner(os.path.join(path, "best.pt") if os.path.isdir(path) else path) for path in paths}
+    contents = {path: load_tuner(path) for path in paths}
     init = init or contents[paths[0]]["meta"]["init"]
     model, tokenizer = open_model(init, (), device, dtype)
     found, tuners = weights.fingerprint(model), []

@@ -87,7 +87,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
              "train_rows": 0, "val_rows": 0, "test_rows": 0, "seed": 0, "weight_decay": 0}  # fmt: skip
     for name, value in least.items():
         given = getattr(args, name)
-        if given is not None and given < value:
+        if given is not None and not given >= value:  # nan is not
             parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {given}")
     if args.lr is not None and not 0 < args.lr < math.inf:
         parser.error(f"--lr must be above 0, got {args.lr}")
@@ -144,6 +144,18 @@ def open_model(
     return model.to(device, dtype).requires_grad_(False), tokenizer
 
 
+def open_data(data: str, skip_bad: bool = False) -> dict[str, list[dict]]:
+    """Rows by split of --data; tiny is made where it is not there yet."""
+    if data != "tiny":
+        return load(data, skip_bad)
+    if not os.path.exists(os.path.join(TINY, "train.jsonl")):
+        print("making the data set tiny, once (python data/prepare.py tiny)")
+        if parallel.RANK == 0:
+            world.tiny(TINY)
+        parallel.wait()
+    return load(TINY)
+
+
 # -- Scores ------------------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +173,7 @@ def rate(model: Decoder, examples: list, tuner: Tuner | None = None, size: int =
         parts = (x.split(1024) for x in (model.hidden(idx, instr, tuner)[there], targets[there], there.nonzero()[:, 0]))
         for x, target, row in zip(*parts):  # never all logits at once: they can be larger than all the rest
             logits, row = model.head(x).float(), rows[row.cpu()]
-            nats.index_add_(0, row, F.cross_entropy(logits, target, reduction="none").double().cpu())
+            nats.index_add_(0, row, F.cross_entropy(logits, target, reduction="none").cpu().double())
             wrong.index_add_(0, row, (logits.argmax(-1) != target).long().cpu())
     return nats, wrong
 
@@ -181,9 +193,18 @@ def accuracy(session: SimpleNamespace, name: str, tuner: Tuner | None = None, mo
 
     That is the likeliest of them as a whole response, its end included.
     """
-    rows = spread(session.rows[name], most)
-    tried = [{**row, "output": label} for row in rows for label in session.labels]
-    examples = encode(tried, session.tokenizer, session.meta["block_size"], session.meta["truncate"])
+    rows, tokenizer = spread(session.rows[name], most), session.tokenizer
+    words = [
+        response for _, response in encode([{**rows[0], "output": word} for word in session.labels], tokenizer, 10**9)
+    ]
+    room, examples = session.meta["block_size"] - max(map(len, words)), []
+    for row in rows:
+        prompt = tokenizer.prompt(template(row))
+        if len(prompt) > room:
+            if not session.meta["truncate"]:
+                raise ValueError(f"a row of {name} has no room for each label word (--truncate): {row}"[:300])
+            prompt = shorten(prompt, room, tokenizer)  # the same for all words, or they could not be compared
+        examples += [(prompt, word) for word in words]
     best = rate(session.model, examples, tuner)[0].view(len(rows), -1).argmin(1).tolist()
     return sum(session.labels[i] == row["output"].strip() for i, row in zip(best, rows)) / len(rows)
 
@@ -376,8 +397,7 @@ def begin(args: Namespace) -> SimpleNamespace:
 
     Returns a namespace: model, tokenizer, tuner (not attached yet), rows and examples (by split), tests (names of
     splits), labels (the words of classes, if the rows are of some), meta (what a checkpoint says of the run), why (the
-    weights have their dtype).  Sets args.lr where it was
-    left to the method.
+    weights have their dtype).  Sets args.lr where it was left to the method.
     """
     device, dtype, why = pick_device(args.device, args.dtype)
     device = parallel.join(device)
@@ -394,16 +414,10 @@ def begin(args: Namespace) -> SimpleNamespace:
             f"{args.out} holds a run: --resume goes on with it, --force starts again, --out names another folder"
         )
     torch.manual_seed(args.seed)  # for a model from scratch; below again, for a method's start to be its own
-    where = TINY if args.data == "tiny" else args.data
-    if where == TINY and not os.path.exists(os.path.join(TINY, "train.jsonl")):
-        print("making the data set tiny, once (python data/prepare.py tiny)")
-        if parallel.RANK == 0:
-            world.tiny(TINY)
-        parallel.wait()
     model, tokenizer = open_model(args.init, args.o, "cpu" if args.shard else device, dtype)
     block_size = min(args.block_size or model.config.block_size, model.config.block_size)
-    rows = load(where, args.skip_bad)
-    most = {"val": args.val_rows, "train": 0}
+    rows = open_data(args.data, args.skip_bad)
+    labels, most = label_words(rows["train"]), {"val": args.val_rows, "train": 0}
     rows = {name: spread(r, most.get(name, args.test_rows)) for name, r in rows.items()}
     if 0 < args.train_rows < len(rows["train"]):
         rows["train"] = random.Random(args.seed).sample(rows["train"], args.train_rows)
@@ -426,7 +440,7 @@ def begin(args: Namespace) -> SimpleNamespace:
     tests = [name for name in rows if name.startswith("test")]
     return SimpleNamespace(
         model=model, tokenizer=tokenizer, tuner=tuner, rows=rows, examples=examples, tests=tests,
-        labels=label_words(rows["train"]), meta=meta, why=why,
+        labels=labels, meta=meta, why=why,
     )  # fmt: skip
 
 

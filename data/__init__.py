@@ -30,7 +30,7 @@ END = "<|endoftext|>"
 
 def template(row: dict) -> str:
     """The text that a model reads before it answers.  The answer follows as " " + output, then the end of text."""
-    if "prompt" in row:
+    if "instruction" not in row:
         return row["prompt"]
     given = f"Input: {row['input']}\n" if row.get("input") else ""
     return f"Instruction: {row['instruction']}\n{given}Response:"
@@ -259,6 +259,8 @@ def read_rows(path: str, skip_bad: bool = False, reshape: Callable | None = None
             bad.append(f"{path}, {where}: {e}")
             if not skip_bad:
                 raise ValueError(f"{bad[0]} (--skip-bad leaves such rows out)") from None
+    if bad and not rows:
+        raise ValueError(f"{path} has no row that can be used. The first: {bad[0]}")
     if bad:
         print(f"left out {len(bad):,} of {len(bad) + len(rows):,} rows. The first: {bad[0]}", file=sys.stderr)
     if not rows:
@@ -305,6 +307,8 @@ def as_row(raw: bytes | dict, reshape: Callable | None = None) -> dict:
     Raises ValueError for what is no row, or has nothing to learn.
     """
     row = json.loads(raw.decode(), object_pairs_hook=once) if isinstance(raw, bytes) else raw
+    if isinstance(row, dict) and None in row:
+        raise ValueError(f"it has more columns than the first line: {row[None]}"[:100])
     if reshape and isinstance(row, dict):
         row = reshape(row)
     if isinstance(row, dict) and "mr" in row:
@@ -316,11 +320,12 @@ def as_row(raw: bytes | dict, reshape: Callable | None = None) -> dict:
             else [repr(row)]
         )
         raise ValueError(f"it has {', '.join(keys)[:80] or 'nothing'}; it needs instruction and output")
-    if None in row:
-        raise ValueError(f"it has more columns than the first line: {row[None]}"[:100])
-    for key in ("prompt" if "prompt" in row else "instruction", "output", "input"):
-        if not isinstance(row.get(key), str) and not (key == "input" and row.get(key) is None):
-            raise ValueError(f"{key} is {row.get(key)!r}"[:80] + ", and should be text")
+    for key in ("instruction" if "instruction" in row else "prompt", "output", "input"):
+        text = row.get(key)
+        if not isinstance(text, str) and not (key == "input" and text is None):
+            raise ValueError(f"{key} is {text!r}"[:80] + ", and should be text")
+        if text and any("\ud800" <= char <= "\udfff" for char in text):
+            raise ValueError(f"{key} has half of a character: {ascii(text)[:60]}")
     if not row["output"].strip():
         raise ValueError("output is empty: there is nothing to learn")
     return row
@@ -340,9 +345,9 @@ def split(rows: list[dict], seed: int = 0, part: float = 0.1) -> tuple[list[dict
 def load(where: str, skip_bad: bool = False) -> dict[str, list[dict]]:
     """Splits of a data set: {"train": rows, "val": rows, "test": rows, "test_...": rows}.
 
-    A folder with train and, if there are, val, test, test_*, each .jsonl, .json or .csv; or E2E's folder (trainset.csv
-    and devset.csv, or devset.csv alone; testset_w_refs.csv); or one file.  What is missing of train, val and test is
-    split off by instruction, a tenth each.
+    A folder with train and, if there are, val, test, test_*, each .jsonl, .json, .csv or .tsv; or E2E's folder
+    (trainset.csv and devset.csv, or devset.csv alone; testset_w_refs.csv); or one file.  What is missing of train, val
+    and test is split off by instruction, a tenth each.
     """
     if os.path.isfile(where):
         found = {"train": read_rows(where, skip_bad)}
@@ -356,17 +361,25 @@ def load(where: str, skip_bad: bool = False) -> dict[str, list[dict]]:
         for name in sorted(os.listdir(where)):
             stem, ext = os.path.splitext(name)
             stem = alias.get(stem, stem)
-            named = stem in ("train", "val", "test") or stem.startswith("test_")
-            if named and ext in (".jsonl", ".json", ".csv", ".tsv"):
+            if is_split(stem + ext):
+                if stem in found:
+                    raise ValueError(f"{where} has {stem} twice, as {name} and as another file: remove one of them")
                 found[stem] = read_rows(os.path.join(where, name), skip_bad)
         if "train" not in found:
-            raise FileNotFoundError(f"no data in {where}: no train.jsonl, .json or .csv")
+            raise FileNotFoundError(f"no data in {where}: no train.jsonl, .json, .csv or .tsv")
     else:
         raise FileNotFoundError(
             f"no data at {where}: --data takes tiny, a folder with train.jsonl, or a .jsonl, .json, .csv or .tsv file"
             " (python data/prepare.py makes one of alpaca, e2e, gsm8k, boolq, sst2, or of a file of yours)"
         )
     return complete(found, where)
+
+
+def is_split(name: str) -> bool:
+    """Whether a file of a data set's folder is taken for one of its splits."""
+    stem, ext = os.path.splitext(name)
+    named = stem in ("train", "val", "test") or stem.startswith("test_")
+    return named and ext in (".jsonl", ".json", ".csv", ".tsv")
 
 
 def complete(found: dict, where: str) -> dict:

@@ -21,8 +21,9 @@ import statistics
 import sys
 import urllib.request
 import zipfile
+import zlib
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -33,7 +34,19 @@ from tqdm import tqdm  # noqa: E402
 
 import hub  # noqa: E402
 from cli import Parser, UsageError, run  # noqa: E402
-from data import Tokenizer, complete, encode, label_words, load, read_rows, replacing, template, world  # noqa: E402
+from data import (  # noqa: E402
+    Tokenizer,
+    complete,
+    encode,
+    is_split,
+    label_words,
+    load,
+    read_json,
+    read_rows,
+    replacing,
+    template,
+    world,
+)  # fmt: skip
 from weights import read_config  # noqa: E402
 
 TINY = os.path.join(HERE, "tiny")
@@ -133,7 +146,7 @@ def extract(archive: str, member: str, folder: str) -> str:
     try:
         with zipfile.ZipFile(archive) as z, replacing(path, "wb") as f:
             f.write(z.read(member))
-    except (zipfile.BadZipFile, KeyError) as e:
+    except (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as e:  # RuntimeError: it wants a password
         raise ValueError(f"{archive} has no {member} ({e})") from None
     return path
 
@@ -147,6 +160,7 @@ NAMES = (
     ("question", "context", "answer"),
     ("prompt", "input", "completion"),
     ("prompt", "input", "response"),
+    ("prompt", "input", "output"),
 )
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 
@@ -156,23 +170,24 @@ def recognise(row: dict) -> dict:
     chat = row.get("messages") or row.get("conversations")
     if isinstance(chat, list):
         return from_chat(chat)
-    if "output" not in row:
-        for instruction, given, output in NAMES:
-            if instruction in row and output in row:
-                return {"instruction": row[instruction], "input": text(row.get(given, "")), "output": text(row[output])}
-        if "mr" not in row:  # E2E, which train.py reads itself
-            has = ", ".join(map(str, row))
-            raise ValueError(f"it has {has[:80]}: say what is what, --map instruction=COLUMN output=COLUMN")
-    return row
+    if {"instruction", "output"} <= set(row) or "mr" in row:  # Alpaca's and E2E's, which train.py reads itself
+        return row
+    for instruction, given, output in NAMES:
+        if instruction in row and output in row:
+            return {"instruction": row[instruction], "input": text(row.get(given)), "output": text(row[output])}
+    has = ", ".join(map(str, row))
+    raise ValueError(f"it has {has[:80]}: say what is what, --map instruction=COLUMN output=COLUMN")
 
 
 def from_chat(chat: list) -> dict:
     """A list of {role, content} -> a row: the last answer is what is learned, all before it the instruction."""
     try:
-        turns = [(m.get("role") or m["from"], m.get("content") or m["value"]) for m in chat]
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError("its messages have no role and content") from None
-    turns = [(ROLES.get(role, role), said) for role, said in turns]
+        turns = [(m["role"], m["content"]) if "role" in m else (m["from"], m["value"]) for m in chat]
+        if not all(isinstance(part, str) for turn in turns for part in turn):
+            raise TypeError
+    except (KeyError, TypeError):
+        raise ValueError("its messages have no role and content, both text") from None
+    turns = [(ROLES.get(role, role), said) for role, said in turns if said]
     last = max((i for i, (role, _) in enumerate(turns) if role == "assistant"), default=0)
     if last == 0:
         raise ValueError("its messages have no answer of an assistant to anything")
@@ -189,11 +204,14 @@ def mapped(row: dict, how: dict, labels: dict) -> dict:
     out = {"input": ""}
     for key, made in how.items():
         if made in row:
+            if row[made] is None and key != "input":
+                raise ValueError(f"its {made} is empty")
             out[key] = text(row[made])
             continue
         names = re.findall(r"\{([^{}]*)\}", made)
-        if not names and " " not in made:  # a single word is no text but a slip
-            names = [made]
+        columns = {str(column).casefold().strip() for column in row}
+        if not names and (key == "output" or " " not in made or made.casefold().strip() in columns):
+            names = [made]  # a text that no column is part of: a slip, unless it is a sentence that all rows share
         for name in names:
             if name not in row:
                 raise ValueError(f"there is no column {name!r} for {key}. It has: {', '.join(map(str, row))}")
@@ -211,10 +229,10 @@ def text(value: object) -> str:
 
 
 def pairs(texts: list[str], option: str, known: tuple = ()) -> dict:
-    """["a=b,c=d", ...] -> {"a": "b", "c": "d"}; a comma may stand in a value."""
+    """["a=b,c=d", ...] -> {"a": "b", "c": "d"}; a comma that no known key follows is part of a value."""
     out = {}
     for part in texts:
-        for pair in re.split(r",(?=\w+=)", part):
+        for pair in re.split(rf",(?=(?:{'|'.join(known) or '[^,=]+'})=)", part):
             key, equals, value = pair.partition("=")
             if not equals or not value or known and key not in known:
                 wanted = f"{' or '.join(known)}=COLUMN" if known else "VALUE=WORD"
@@ -260,7 +278,11 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--map", nargs="+", default=[], metavar="KEY=COLUMN", help="what makes instruction, input and output")
     add("--labels", nargs="+", default=[], metavar="VALUE=WORD", help="words for the values of output")
     add("--skip-bad", action="store_true", help="leave out rows that cannot be used, and count them")
-    add("--init", default="tiny", help="whose tokens to count: tiny, a folder, gpt2, OWNER/NAME (default: %(default)s)")
+    add(
+        "--init",
+        default="tiny",
+        help="whose tokens to count: tiny, a folder, or a name of the hub (default: %(default)s)",
+    )
     add("--show", type=int, default=0, metavar="N", help="print N rows")
     args = parser.parse_args(argv)
     args.map, args.labels = pairs(args.map, "--map", KEYS), pairs(args.labels, "--labels")
@@ -273,7 +295,12 @@ def parse(argv: list[str] | None = None) -> Namespace:
         parser.error("--map wants at least instruction=... and output=..., and --labels wants --map")
     if args.show < 0:
         parser.error(f"--show must be at least 0, got {args.show}")
-    args.out = args.out or os.path.join(HERE, os.path.splitext(os.path.basename(args.dataset))[0])
+    name = os.path.splitext(os.path.basename(args.dataset))[0]
+    if not args.out and name in ("tiny", *SOURCES) and args.dataset != name:
+        parser.error(f"data/{name} is for the data set of that name: give this one's folder with --out")
+    args.out = args.out or os.path.join(HERE, name)
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
+        parser.error(f"--out {args.out} is a file, and not a folder")
     return args
 
 
@@ -282,6 +309,7 @@ def main(argv: list[str] | None = None):
     args = parse(argv)
     folder = TINY if args.init == "tiny" else hub.find(args.init)
     tokenizer, config = Tokenizer.load(folder), read_config(os.path.join(folder, "config.json"))
+    vacant(args)
     if args.dataset == "tiny":
         world.tiny(args.out)
     else:
@@ -290,7 +318,10 @@ def main(argv: list[str] | None = None):
         reshape = functools.partial(mapped, how=source.map, labels=source.labels) if source.map else recognise
         skip = args.skip_bad or args.dataset in SOURCES  # some of Alpaca's outputs are empty
         rows = complete({split: read_rows(path, skip, reshape) for split, path in files.items()}, args.dataset)
-        write(rows, args.out, files.values())
+        write(rows, args.out)
+    if args.out != TINY:
+        with replacing(os.path.join(args.out, "prepared.json")) as f:
+            json.dump({"from": origin(args)}, f)
     rows = load(args.out)
     print(*describe(rows, tokenizer, config.block_size, args.init), sep="\n")
     for row in rows["train"][: args.show]:
@@ -300,15 +331,25 @@ def main(argv: list[str] | None = None):
     print(f"\nsaved {os.path.relpath(args.out)}. Train on it: python train.py{init}{where}")
 
 
-def write(rows: dict, folder: str, sources: Iterable[str]):
-    """Rows by split -> a folder's .jsonl files; those that other splits are read from are never written over."""
+def origin(args: Namespace) -> str:
+    """What a folder's data set was made from."""
+    return args.dataset if args.dataset in ("tiny", *SOURCES) else os.path.abspath(args.dataset)
+
+
+def vacant(args: Namespace):
+    """Raise ValueError if --out holds a data set of another origin: it would be lost, or mixed with this one."""
+    marker = os.path.join(args.out, "prepared.json")
+    ours = args.out == TINY or os.path.exists(marker) and read_json(marker) == {"from": origin(args)}
+    there = [name for name in os.listdir(args.out) if is_split(name)] if os.path.isdir(args.out) else []
+    if there and not ours:
+        raise ValueError(f"{os.path.join(args.out, there[0])} is of another data set: --out names another folder")
+
+
+def write(rows: dict, folder: str):
+    """Rows by split -> a folder's .jsonl files."""
     os.makedirs(folder, exist_ok=True)
-    paths = {split: os.path.join(folder, f"{split}.jsonl") for split in rows}
-    for path in paths.values():
-        if os.path.exists(path) and any(os.path.samefile(path, source) for source in sources):
-            raise ValueError(f"{path} would be written over, and it is what is read: --out names another folder")
     for split in reversed(rows):  # train last: where it is, the others are
-        with replacing(paths[split]) as f:
+        with replacing(os.path.join(folder, f"{split}.jsonl")) as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split])
 
 

@@ -73,6 +73,8 @@ def test_a_public_file_that_is_not_what_it_was_is_refused_and_deleted(server, tm
 
 
 def test_a_server_that_refuses_is_one_line_that_names_another_way(server, tmp_path):
+    status, text = run_in(prepare, "qa", "--out", ROOT + "/README.md")
+    assert status == 2 and "is a file" in text
     server.status["train.jsonl"] = 404
     status, text = run_in(prepare, "qa", "--out", str(tmp_path / "qa"))
     assert status == 1 and "answered 404" in text and "name it with --file" in text and "Traceback" not in text
@@ -140,6 +142,50 @@ def test_well_known_shapes_are_recognised(row):
     assert {key: prepare.recognise(row).get(key, "") for key in ("instruction", "input", "output")} == LIMA
 
 
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "b"}]},
+            "both text",
+        ),
+        ({"messages": [{"role": 7, "content": "a"}, {"role": "assistant", "content": "b"}]}, "both text"),
+        ({"messages": ["hello"]}, "no role and content"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no answer of an assistant"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "no answer of an assistant"),
+        ({"input": "a", "output": "b"}, "say what is what"),
+        ({"question": "a", "answer": None}, "output is empty"),
+        ({"question": {"a": 1}, "answer": "b"}, "should be text"),
+        ({"instruction": "half \ud800", "output": "b"}, "half of a character"),
+    ],
+)
+def test_odd_rows_are_refused_with_their_line_and_can_be_left_out(tmp_path, row, says):
+    rows = [{**LIMA, "instruction": f"q {i}"} for i in range(30)]
+    path = written(tmp_path / "my.jsonl", "".join(json.dumps(r) + "\n" for r in [*rows[:3], row, *rows[3:]]))
+    status, text = run_in(prepare, path, "--out", str(tmp_path / "my"))
+    assert status == 1 and "my.jsonl, line 4: " in text and says in text and not (tmp_path / "my").exists()
+    status, text = run_in(prepare, path, "--out", str(tmp_path / "my"), "--skip-bad")
+    assert status == 0 and "left out 1 of 31 rows" in text
+
+
+def test_a_line_with_a_comma_too_many_is_no_row_whatever_is_mapped(tmp_path):
+    path = written(tmp_path / "my.csv", "q,a\n" + "".join(f"q{i},a\n" for i in range(30)) + "hello 1, world,yes\n")
+    for more in ([], ["--map", "instruction=q", "output=a"]):
+        status, text = run_in(prepare, path, *more, "--out", str(tmp_path / "my"))
+        assert status == 1 and ("line 32: it has more columns" in text or "say what is what" in text)
+    assert prepare.pairs(["0=bad,1=good,-1=awful"], "--labels") == {"0": "bad", "1": "good", "-1": "awful"}
+
+
+def test_an_instruction_is_read_even_where_a_row_has_a_prompt_too():
+    assert template({**LIMA, "prompt": "Below is ... lima"}) == template(LIMA)
+    assert prepare.recognise({"prompt": "a", "output": "b"}) == {"instruction": "a", "input": "", "output": "b"}
+
+
+def test_a_system_message_may_be_empty():
+    chat = [("system", ""), ("user", "a ?"), ("assistant", "b")]
+    assert prepare.from_chat([{"role": r, "content": c} for r, c in chat])["instruction"] == "a ?"
+
+
 def test_of_a_longer_chat_the_last_answer_is_learned_and_the_rest_is_read():
     chat = [
         ("system", "be brief"),
@@ -192,6 +238,8 @@ def test_columns_of_any_file_can_be_mapped(tmp_path, ext):
         (2, ["--map", "output=a"], "--map wants at least instruction=... and output=..."),
         (2, ["--labels", "1=one"], "--labels wants --map"),
         (2, ["--file", "x"], "--file is for a public data set"),
+        (1, ["--map", "instruction=Q", "output=a"], "there is no column 'Q'"),
+        (1, ["--map", "instruction=q", "output=right answer"], "there is no column 'right answer' for output"),
         (1, ["--map", "instruction=q", "output=a", "--init", "nowhere"], "no model at nowhere"),
     ],
 )
@@ -202,12 +250,27 @@ def test_what_cannot_be_prepared_is_one_line_and_leaves_nothing(tmp_path, status
     assert not (tmp_path / "my").exists()
 
 
-def test_what_is_read_is_never_written_over(tmp_path):
+@pytest.mark.parametrize("there", ["train.jsonl", "train.tsv", "test_hard.csv"])
+def test_a_folder_with_other_data_is_left_alone(tmp_path, there):
+    """Files of two sets would be mixed: a split of the one could be what the other trains on."""
+    path = written(
+        tmp_path / "my.jsonl", "".join(json.dumps({**LIMA, "instruction": f"q {i}"}) + "\n" for i in range(30))
+    )
+    (tmp_path / "data").mkdir()
+    written(tmp_path / "data" / there, "precious")
+    status, text = run_in(prepare, path, "--out", str(tmp_path / "data"))
+    assert status == 1 and f"{there} is of another data set" in text
+    assert os.listdir(tmp_path / "data") == [there] and (tmp_path / "data" / there).read_text() == "precious"
+
+
+def test_the_same_file_can_be_prepared_again_and_another_of_its_name_cannot(tmp_path):
     rows = "".join(json.dumps({**LIMA, "instruction": f"q {i}"}) + "\n" for i in range(30))
-    path = written(tmp_path / "train.jsonl", rows)
-    status, text = run_in(prepare, path, "--out", str(tmp_path))
-    assert status == 1 and "would be written over" in text
-    assert os.listdir(tmp_path) == ["train.jsonl"] and open(path).read() == rows
+    paths = []
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        paths.append(written(tmp_path / folder / "my.jsonl", rows))
+    out = str(tmp_path / "out")
+    assert [run_in(prepare, path, "--out", out)[0] for path in (paths[0], paths[0], paths[1])] == [0, 0, 1]
 
 
 def test_the_tokens_shown_in_brackets_are_those_that_are_trained():
