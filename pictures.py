@@ -232,7 +232,9 @@ def picture_curves(args: Namespace, path: str):
 def picture_serve(args: Namespace, path: str):
     """Time to decode, of the frozen model's, by what varies in a serve.json: tenants, prompt length or new tokens."""
     plt = plots()
-    figure, axes = plt.subplots(1, len(args.runs), figsize=(3 * len(args.runs), 2.8), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(args.runs), figsize=(max(5.5, 3 * len(args.runs)), 2.8), sharey=True, squeeze=False
+    )
     for axis, file in zip(axes[0], args.runs):
         try:
             rows = [row for row in read_json(file)["rows"] if row["decode, of the frozen model's"]]
@@ -253,7 +255,7 @@ def picture_serve(args: Namespace, path: str):
         axis.set(xlabel={"prompt": "tokens of a prompt", "new": "new tokens"}.get(x, "tenants in the batch"))
         axis.xaxis.set_major_formatter("{x:.0f}")
     axes[0, 0].set_ylabel("decoding, of the frozen model's time")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=5, bbox_to_anchor=(0.5, -0.12))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=5, bbox_to_anchor=(0.5, -0.16))
     save(figure, path)
 
 
