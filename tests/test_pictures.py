@@ -61,7 +61,8 @@ def test_a_picture_is_an_svg_file_and_the_same_each_time(picture, runs, tmp_path
     if picture != "reads":
         pytest.importorskip("matplotlib", reason="pictures but `reads` want matplotlib")
     cost = "decode, of the frozen model's"
-    table = [{"tenants": n, "prompt": 8, "new": 8, "method": m, cost: [n, n / 2, 2 * n]} for n in (1, 4) for m in "ab"]
+    same = {"shape": "small", "prompt": 8, "new": 8}
+    table = [{**same, "tenants": n, "method": m, cost: [n, n / 2, 2 * n]} for n in (1, 4) for m in "ab"]
     (tmp_path / "serve.json").write_text(json.dumps({"rows": table}))
     given = {"reads": [runs["iapt"], "the past of go ?"], "curves": list(runs.values()),
              "serve": [str(tmp_path / "serve.json")]}.get(picture, [runs["iapt"]])  # fmt: skip
