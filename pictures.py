@@ -222,7 +222,7 @@ def picture_curves(args: Namespace, path: str):
             raise ValueError(f"{log} is no log of a run, or was cut off ({e})") from None
         axis.plot(*zip(*points), label=names[folder])
     axis.set(xlabel="step", ylabel="validation loss (nats per token)", yscale="log")
-    axis.legend(loc="upper right")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
 
 
