@@ -240,10 +240,14 @@ class Generator(nn.Module):
         z = self.down(rms(x.float()) if self.norm else x.float())
         return z, self.pool(z, self.w_sa, instr)
 
-    def forward(self, x: Tensor, instr: Tensor) -> Tensor:
+    def pooled(self, x: Tensor, instr: Tensor) -> Tensor:
+        """Q, the instruction as each soft token has read it: what the activation gets, (B, P, m) or (B, 1, m)."""
         z, weights = self.reads(x, instr)
         q = weights @ z
-        s = self.up(self.act(rms(q) if self.norm else q))
+        return rms(q) if self.norm else q
+
+    def forward(self, x: Tensor, instr: Tensor) -> Tensor:
+        s = self.up(self.act(self.pooled(x, instr)))
         return s.expand(-1, self.P, -1)  # where there is one Q for all, one S for all
 
 

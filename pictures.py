@@ -22,7 +22,7 @@ from torch import Tensor
 from checkpoint import load_tuner
 from cli import Parser, UsageError, run
 from data import Tokenizer, collate, encode, read_json, replacing, template
-from iapt import IAPT, Rational, Tuner, rms
+from iapt import IAPT, Rational, Tuner
 from model import Decoder
 from sample import open_checkpoints, reads
 from train import open_data, pick_device, spread
@@ -121,13 +121,10 @@ def picture_activations(args: Namespace, path: str):
     plt = plots()
     model, tokenizer, tuner = opened(args.runs[0])
     seen = []
-
-    def note(g, given):
-        z, weights = g.reads(*given)
-        q = weights @ z
-        seen.append((rms(q) if g.norm else q).cpu().flatten())
-
-    hooks = [g.register_forward_pre_hook(note) for g in tuner.generators]
+    hooks = [
+        g.register_forward_pre_hook(lambda g, given: seen.append(g.pooled(*given).cpu().flatten()))
+        for g in tuner.generators
+    ]
     idx, _, instr = batch(args.runs[0], model, tokenizer)
     model.hidden(idx, instr, tuner)
     for hook in hooks:

@@ -314,12 +314,8 @@ def as_row(raw: bytes | dict, reshape: Callable | None = None) -> dict:
     if isinstance(row, dict) and "mr" in row:
         row = {"instruction": "Describe the restaurant.", "input": row["mr"], "output": row.get("ref")}
     if not isinstance(row, dict) or "output" not in row or not ("instruction" in row or "prompt" in row):
-        keys = (
-            [str(key) if str(key).isprintable() else ascii(key) for key in row]
-            if isinstance(row, dict)
-            else [repr(row)]
-        )
-        raise ValueError(f"it has {', '.join(keys)[:80] or 'nothing'}; it needs instruction and output")
+        has = columns(row) if isinstance(row, dict) else repr(row)
+        raise ValueError(f"it has {has[:80]}; it needs instruction and output")
     for key in ("instruction" if "instruction" in row else "prompt", "output", "input"):
         text = row.get(key)
         if not isinstance(text, str) and not (key == "input" and text is None):
@@ -329,6 +325,17 @@ def as_row(raw: bytes | dict, reshape: Callable | None = None) -> dict:
     if not row["output"].strip():
         raise ValueError("output is empty: there is nothing to learn")
     return row
+
+
+def columns(row: dict) -> str:
+    """The names of a row's columns, for a message of one line."""
+    return ", ".join(str(key) if str(key).isprintable() else ascii(key) for key in row) or "nothing"
+
+
+def write_rows(path: str, rows: list[dict]):
+    """Rows -> a .jsonl file, the whole of it or what was there before."""
+    with replacing(path) as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def split(rows: list[dict], seed: int = 0, part: float = 0.1) -> tuple[list[dict], list[dict]]:

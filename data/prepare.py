@@ -36,6 +36,7 @@ import hub  # noqa: E402
 from cli import Parser, UsageError, run  # noqa: E402
 from data import (  # noqa: E402
     Tokenizer,
+    columns,
     complete,
     encode,
     is_split,
@@ -46,6 +47,7 @@ from data import (  # noqa: E402
     replacing,
     template,
     world,
+    write_rows,
 )  # fmt: skip
 from weights import read_config  # noqa: E402
 
@@ -175,8 +177,7 @@ def recognise(row: dict) -> dict:
     for instruction, given, output in NAMES:
         if instruction in row and output in row:
             return {"instruction": row[instruction], "input": text(row.get(given)), "output": text(row[output])}
-    has = ", ".join(map(str, row))
-    raise ValueError(f"it has {has[:80]}: say what is what, --map instruction=COLUMN output=COLUMN")
+    raise ValueError(f"it has {columns(row)[:80]}: say what is what, --map instruction=COLUMN output=COLUMN")
 
 
 def from_chat(chat: list) -> dict:
@@ -209,12 +210,12 @@ def mapped(row: dict, how: dict, labels: dict) -> dict:
             out[key] = text(row[made])
             continue
         names = re.findall(r"\{([^{}]*)\}", made)
-        columns = {str(column).casefold().strip() for column in row}
-        if not names and (key == "output" or " " not in made or made.casefold().strip() in columns):
+        folded = {str(column).casefold().strip() for column in row}
+        if not names and (key == "output" or " " not in made or made.casefold().strip() in folded):
             names = [made]  # a text that no column is part of: a slip, unless it is a sentence that all rows share
         for name in names:
             if name not in row:
-                raise ValueError(f"there is no column {name!r} for {key}. It has: {', '.join(map(str, row))}")
+                raise ValueError(f"there is no column {name!r} for {key}. It has: {columns(row)}")
         out[key] = re.sub(r"\{([^{}]*)\}", lambda m: text(row[m[1]]), made)
     if labels:
         if out.get("output") not in labels:
@@ -318,7 +319,9 @@ def main(argv: list[str] | None = None):
         reshape = functools.partial(mapped, how=source.map, labels=source.labels) if source.map else recognise
         skip = args.skip_bad or args.dataset in SOURCES  # some of Alpaca's outputs are empty
         rows = complete({split: read_rows(path, skip, reshape) for split, path in files.items()}, args.dataset)
-        write(rows, args.out)
+        os.makedirs(args.out, exist_ok=True)
+        for split in reversed(rows):  # train last: where it is, the others are
+            write_rows(os.path.join(args.out, f"{split}.jsonl"), rows[split])
     if args.out != TINY:
         with replacing(os.path.join(args.out, "prepared.json")) as f:
             json.dump({"from": origin(args)}, f)
@@ -343,14 +346,6 @@ def vacant(args: Namespace):
     there = [name for name in os.listdir(args.out) if is_split(name)] if os.path.isdir(args.out) else []
     if there and not ours:
         raise ValueError(f"{os.path.join(args.out, there[0])} is of another data set: --out names another folder")
-
-
-def write(rows: dict, folder: str):
-    """Rows by split -> a folder's .jsonl files."""
-    os.makedirs(folder, exist_ok=True)
-    for split in reversed(rows):  # train last: where it is, the others are
-        with replacing(os.path.join(folder, f"{split}.jsonl")) as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split])
 
 
 if __name__ == "__main__":

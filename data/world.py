@@ -24,7 +24,7 @@ import random
 from collections.abc import Iterable
 from random import Random
 
-from data import pieces, read_json, replacing, template
+from data import pieces, read_json, replacing, template, write_rows
 
 # -- The world ---------------------------------------------------------------------------------------------------------
 # A task is a few noun phrases ("cores") about some {x}.  Each makes statements, "CORE is Y .", and, with the openers
@@ -305,8 +305,7 @@ def tiny(folder: str, corpus: int = 40_000) -> dict[str, int]:
         )
     os.makedirs(os.path.join(folder, "pretrain"), exist_ok=True)
     for name, rows in files.items():
-        with replacing(os.path.join(folder, f"{name}.jsonl")) as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_rows(os.path.join(folder, f"{name}.jsonl"), rows)
     with replacing(vocabulary) as f:
         json.dump(pieces(text), f, ensure_ascii=False, indent=0)
     return {name: len(rows) for name, rows in files.items()}
