@@ -140,6 +140,15 @@ def test_soft_tokens_beside_the_generated_ones_are_the_same_for_every_instructio
     assert not (s[0, 3:] == s[1, 3:]).any()
 
 
+@pytest.mark.parametrize("norm", [0, 1])
+def test_with_norm_the_length_of_hidden_states_is_nothing_and_q_has_unit_mean_square(model, norm):
+    g = shake(IAPT(model.config, norm=bool(norm))).generators[0]
+    x, instr = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
+    q, longer = g.pooled(x, instr), g.pooled(7 * x, instr)
+    assert torch.allclose(q, longer, atol=1e-4) == bool(norm)
+    assert torch.allclose(q.pow(2).mean(-1), torch.ones(2, 4), atol=1e-4) == bool(norm)
+
+
 def test_prepending_soft_tokens_and_discarding_them_equals_extra_keys_and_values(model):
     """At a layer, soft tokens stand before the input, are transformed with it and dropped: only their keys and values
     act.
