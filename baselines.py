@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cli import UsageError
-from iapt import IAPT, Tuner, mean_pool, split_kv
+from iapt import IAPT, Count, Tuner, mean_pool, split_kv
 from model import Block, Config, Decoder, norm
 
 
@@ -42,9 +42,9 @@ class PTuning2(Tuner):
 
     lr = 5e-2
 
-    def __init__(self, config: Config, P: int = 16):
+    def __init__(self, config: Config, P: int = 16, apart: bool = False):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.apart = config.head_dim, apart
         out = 2 * config.n_kv_head * config.head_dim
         self.static = nn.ParameterList(torch.randn(P, out) * 0.1 for _ in range(config.n_layer))
 
@@ -370,7 +370,7 @@ METHODS = {
 def options(cls: type[Tuner], name: str, given: Iterable[str]) -> dict:
     """['P=8', ...] -> {'P': 8}, checked against a class's arguments: names, types of the defaults, choices.
 
-    A whole number is a size: at least 1, or 0 where that is the default.  Raises UsageError, which names the method.
+    A whole number is a size: at least 1, or 0 for a Count.  Raises UsageError, which names the method.
     """
     known = {k: p for k, p in inspect.signature(cls).parameters.items() if isinstance(p.default, (int, float, str))}
     out = {}
@@ -379,7 +379,7 @@ def options(cls: type[Tuner], name: str, given: Iterable[str]) -> dict:
         if key not in known:
             have = ", ".join(f"{k}={p.default}" for k, p in known.items()) or "none"
             raise UsageError(f"{name} has no option {key!r}. It has: {have}")
-        choices = get_args(known[key].annotation)
+        least, choices = int(known[key].annotation is not Count), get_args(known[key].annotation)
         kind = type(known[key].default)
         try:
             out[key] = {"0": False, "1": True}[value] if kind is bool else kind(value)
@@ -387,8 +387,8 @@ def options(cls: type[Tuner], name: str, given: Iterable[str]) -> dict:
             raise UsageError(
                 f"{name}'s option {key} takes {'0 or 1' if kind is bool else 'a number'}, got {value!r}"
             ) from None
-        if kind is int and out[key] < min(1, known[key].default):
-            raise UsageError(f"{name}'s option {key} must be at least {min(1, known[key].default)}, got {value}")
+        if kind is int and out[key] < least:
+            raise UsageError(f"{name}'s option {key} must be at least {least}, got {value}")
         if choices and out[key] not in choices:
             raise UsageError(f"{name}'s option {key} can be {', '.join(map(str, choices))}; got {value!r}")
     return out

@@ -23,7 +23,7 @@ tokens, C n_embd, G key/value heads, D head size, L layers; and m for the bottle
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NewType
 
 import torch
 import torch.nn as nn
@@ -44,6 +44,7 @@ class Tuner(nn.Module):
     """
 
     lr = 1e-2  # what train.py takes for --lr
+    apart = False  # tokens attend to its soft tokens in a softmax of their own, and add what they find there
 
     def start(self, model: Decoder):
         """Once, before training: parameters that start from the frozen model's own."""
@@ -78,6 +79,11 @@ class Tuner(nn.Module):
         """
         s = self.prompt(l, x, instr)
         return None if s is None else (*block.soft_kv(s.to(x.dtype)), None)
+
+    def slots(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[tuple | None, tuple | None]:
+        """Once a layer: what `kv` says, as soft tokens among the tokens and as soft tokens apart."""
+        made = self.kv(block, l, x, instr)
+        return (None, made) if self.apart else (made, None)
 
     def groups(self, lr: float) -> list[dict]:
         """Parameter groups for the optimizer, where some parameters want another rate than lr."""
@@ -194,7 +200,8 @@ class Rational(nn.Module):
 ACTIVATIONS = {"rational": Rational, "gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Tanh, "identity": nn.Identity}
 Activation = Literal["rational", "gelu", "relu", "tanh", "identity"]
 Space = Literal["kv", "hidden"]  # what a soft token is: a key and a value, or a hidden state
-Pool = Literal["attention", "mean", "last"]
+Count = NewType("Count", int)  # 0 or more; other whole numbers are sizes, of 1 or more
+Pool = Literal["attention", "mean", "last", "batch"]
 
 # -- The method --------------------------------------------------------------------------------------------------------
 
@@ -216,7 +223,7 @@ def last_pool(z: Tensor, w_sa: Tensor | None, instr: Tensor) -> Tensor:
     return torch.zeros_like(instr, dtype=z.dtype).scatter(1, last, 1.0)[:, None]
 
 
-POOLS = {"attention": attention_pool, "mean": mean_pool, "last": last_pool}
+POOLS = {"attention": attention_pool, "mean": mean_pool, "last": last_pool, "batch": attention_pool}
 
 
 def rms(x: Tensor) -> Tensor:
@@ -231,7 +238,8 @@ class Generator(nn.Module):
         super().__init__()
         self.down, self.up, self.act, self.P, self.pool, self.norm = down, up, act, P, POOLS[pool], norm
         learned = torch.randn(down.out_features, P) * down.out_features**-0.5
-        self.w_sa = nn.Parameter(learned) if pool == "attention" else None
+        self.w_sa = nn.Parameter(learned) if self.pool is attention_pool else None
+        self.blind = pool == "batch"
 
     def reads(self, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor]:
         """Z (B, T, m), and how much each soft token reads of each place: (B, P, T), or (B, 1, T) if all do alike."""
@@ -244,6 +252,8 @@ class Generator(nn.Module):
         """Q, the instruction as each soft token has read it: what the activation gets, (B, P, m) or (B, 1, m)."""
         z, weights = self.reads(x, instr)
         q = weights @ z
+        if self.blind:
+            q = q.mean(0, keepdim=True).expand_as(q)
         return rms(q) if self.norm else q
 
     def forward(self, x: Tensor, instr: Tensor) -> Tensor:
@@ -259,10 +269,12 @@ class IAPT(Tuner):
         share        this many neighbouring layers share one down- and one up-projection
         activation   rational, gelu, relu, tanh or identity
         one_act      one activation for all layers, in place of one each
-        pool         what a soft token reads: attention; mean or last token, the same for all P of them
+        pool         what a soft token reads: attention; mean or last token, the same for all P of them; or 'batch',
+                     attention and then the mean of all rows: a control, to see what knowing one's own is worth
         space        what it writes: 'kv', keys and values; 'hidden', states that pass the layer's norm, k and v
         static       add a learned constant; the up-projection starts at zero, so training starts at a static prompt
         beside       so many more soft tokens that are constants alone, the same for every instruction
+        apart        tokens attend to the soft tokens in a softmax of their own, and add what they find there
         norm         bring H and Q to unit mean square
         static_lr    learning rate of the static part, of --lr
         act_lr       learning rate of the coefficients, of --lr
@@ -276,12 +288,12 @@ class IAPT(Tuner):
     lr = 5e-3
 
     def __init__(
-        self, config: Config, P: int = 4, m: int = 0, share: int = 1, activation: Activation = "rational",
+        self, config: Config, P: int = 4, m: Count = 0, share: int = 1, activation: Activation = "rational",
         one_act: bool = False, pool: Pool = "attention", space: Space = "kv", static: bool = True, norm: bool = True,
-        beside: int = 0, static_lr: float = 20.0, act_lr: float = 0.2,
+        beside: Count = 8, apart: bool = True, static_lr: float = 20.0, act_lr: float = 0.2,
     ):  # fmt: skip
         super().__init__()
-        self.rates = {"static": static_lr, "act": act_lr}
+        self.rates, self.apart = {"static": static_lr, "act": act_lr}, apart
         self.space, self.head_dim, C, L = space, config.head_dim, config.n_embd, config.n_layer
         m, out = m or C // 8, C if space == "hidden" else 2 * config.n_kv_head * config.head_dim
         down = [nn.Linear(C, m, bias=False) for _ in range(0, L, share)]

@@ -155,10 +155,17 @@ class Attention(nn.Module):
         """Of x (B, T, C) the queries (B, H, T, D) and keys (B, G, T, D), rotated, and the values (B, G, T, D)."""
         return rotate(self.heads(self.q(x)), rope), rotate(self.heads(self.k(x)), rope), self.heads(self.v(x))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What q (B, H, T, D) finds in k, v (B, G, S, D) where mask (.., T, S) is True (None: causally): (B, T, C)."""
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, apart: tuple | None = None) -> Tensor:
+        """What q (B, H, T, D) finds in k, v (B, G, S, D) where mask (.., T, S) is True (None: causally): (B, T, C).
+
+        apart   (k, v, keep) of soft tokens with a softmax of their own; what q finds there is added
+        """
         grouped = self.n_kv_head < self.n_head
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        if apart is not None:
+            k, v, keep = apart
+            keep = None if keep is None else keep[:, None, None]  # (B, 1, 1, P)
+            y = y + F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=keep, enable_gqa=grouped)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -209,29 +216,35 @@ class Block(nn.Module):
         return self.attn.heads(self.attn.k(s)), self.attn.heads(self.attn.v(s))
 
     def forward(
-        self, x: Tensor, rope: tuple | None, slots: tuple | None = None, seen: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self, x: Tensor, rope: tuple | None, slots: tuple | None = None, apart: tuple | None = None,
+        seen: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
         """x (B, T, C) -> x (B, T, C), and the keys and values it looked at, slots first.
 
         slots   (k, v, keep): P more keys and values, and which of them a row has (B, P), or None for all; or None
+        apart   the same, for soft tokens with a softmax of their own
         seen    (B, P + T), False where nobody may look, if there is such a place
         """
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
         if slots is not None:
             k, v = torch.cat((slots[0].to(k.dtype), k), 2), torch.cat((slots[1].to(v.dtype), v), 2)
         plain = slots is None and seen is None
-        x = x + self.attn.mix(q, k, v, None if plain else slot_mask(x.shape[1], k.shape[2], seen, x.device))
+        mask = None if plain else slot_mask(x.shape[1], k.shape[2], seen, x.device)
+        x = x + self.attn.mix(q, k, v, mask, apart)
         return x + self.mlp(self.ln_2(x)), (k, v)
 
-    def step(self, x: Tensor, rope: tuple | None, k_cache: Tensor, v_cache: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+    def step(
+        self, x: Tensor, rope: tuple | None, k_cache: Tensor, v_cache: Tensor, mask: Tensor, at: Tensor,
+        apart: tuple | None = None,
+    ) -> Tensor:  # fmt: skip
         """One token a row: x (B, 1, C) writes its key and value at `at` (B,) in the cache; looks where mask is True.
 
-        k_cache, v_cache (B, G, P + S, D) and mask (B, 1, 1, P + S) are a layer's part of a `Cache`.
+        k_cache, v_cache (B, G, P + S, D), mask (B, 1, 1, P + S) and apart are a layer's part of a `Cache`.
         """
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
         rows = torch.arange(len(x), device=x.device)
         k_cache[rows, :, at], v_cache[rows, :, at] = k[:, :, 0], v[:, :, 0]
-        x = x + self.attn.mix(q, k_cache, v_cache, mask)
+        x = x + self.attn.mix(q, k_cache, v_cache, mask, apart)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -265,6 +278,7 @@ class Cache:
 
         k, v     (L, B, G, P + S, D)   P slots, then the prompt of T tokens and room for more, S in all
         mask     (L, B, 1, 1, P + S)   what may be looked at
+        apart    by layer: the soft tokens with a softmax of their own, (k, v, keep) or None
         at       (B,)                  index at which a row's next token will be written
         pos      (B,)                  its position
 
@@ -273,7 +287,7 @@ class Cache:
     """
 
     def __init__(self, layers: list[tuple], T: int, length: Tensor, pos: Tensor, room: int):
-        most = max(P for _, _, P, _ in layers)
+        most = max(P for _, _, P, _, _ in layers)
 
         def fill(x):  # layers may have fewer slots than others, or none: padded in front, and masked
             return F.pad(x, (0, 0, most + T - x.shape[2], room))
@@ -283,14 +297,17 @@ class Cache:
             return F.pad(seen, (most - P, room)) & tokens
 
         tokens = F.pad(torch.arange(T + room, device=length.device) < length[:, None], (most, 0), value=True)
-        self.k = torch.stack([fill(k) for k, _, _, _ in layers])
-        self.v = torch.stack([fill(v) for _, v, _, _ in layers])
-        self.mask = torch.stack([visible(P, seen) for _, _, P, seen in layers])[:, :, None, None]
+        self.k = torch.stack([fill(k) for k, *_ in layers])
+        self.v = torch.stack([fill(v) for _, v, *_ in layers])
+        self.mask = torch.stack([visible(P, seen) for _, _, P, seen, _ in layers])[:, :, None, None]
+        dtype = self.k.dtype
+        self.apart = [a if a is None else (a[0].to(dtype), a[1].to(dtype), a[2]) for *_, a in layers]
         self.at, self.pos = most + length, pos.clone()
 
     def take(self, rows: Tensor):
         """Go on with the rows of these indices, in this order; a row may occur several times."""
         self.k, self.v, self.mask = self.k[:, rows], self.v[:, rows], self.mask[:, rows]
+        self.apart = [a if a is None else tuple(x if x is None else x[rows] for x in a) for a in self.apart]
         self.at, self.pos = self.at[rows], self.pos[rows]
 
 
@@ -366,7 +383,7 @@ class Decoder(nn.Module):
         idx     (B, T)  tokens, right-padded
         instr   (B, T)  True on the tokens of the instruction, the only ones a tuner may read
         tuner           asked for soft tokens at the embeddings and at each layer (`Tuner` in iapt.py), or None
-        layers          a list to which each layer's (k, v, P, seen) is appended, for a `Cache`
+        layers          a list to which each layer's (k, v, P, seen, apart) is appended, for a `Cache`
 
         Raises ValueError if T > block_size.
         """
@@ -383,14 +400,14 @@ class Decoder(nn.Module):
             if rope is not None:  # tokens keep their positions; a soft token has that of the token after it
                 rope = self.rotary(real.cumsum(1) - real)
         for l, block in enumerate(self.h):
-            slots = tuner.kv(block, l, x, instr) if tuner is not None else None
+            slots, apart = tuner.slots(block, l, x, instr) if tuner is not None else (None, None)
             seen = places(slots, keep, x)
             if self.checkpointing and torch.is_grad_enabled():
-                x, (k, v) = checkpoint(block, x, rope, slots, seen, use_reentrant=False)
+                x, (k, v) = checkpoint(block, x, rope, slots, apart, seen, use_reentrant=False)
             else:
-                x, (k, v) = block(x, rope, slots, seen)
+                x, (k, v) = block(x, rope, slots, apart, seen)
             if layers is not None:
-                layers.append((k, v, k.shape[2] - x.shape[1], seen))
+                layers.append((k, v, k.shape[2] - x.shape[1], seen, apart))
         if at is not None:
             # What follows token t is read off the place before token t+1, where a soft token may stand.
             before_next = F.pad(at[:, 1:], (0, 1), value=x.shape[1]) - 1
@@ -422,7 +439,7 @@ class Decoder(nn.Module):
         instr = torch.arange(idx.shape[1], device=idx.device) < length[:, None]
         layers = []
         x = self.hidden(idx, instr, tuner, layers)
-        k, _, P, _ = layers[0]
+        k, _, P, _, _ = layers[0]
         soft = k.shape[2] - P - idx.shape[1]  # soft tokens among the embeddings: they take up room too
         rows = torch.arange(len(idx), device=idx.device)
         return self.head(x[rows, length - 1]), Cache(layers, idx.shape[1] + soft, length + soft, length, room)
@@ -433,7 +450,7 @@ class Decoder(nn.Module):
         x, rope = self.embed(idx[:, None], cache.pos[:, None])
         cache.mask[:, torch.arange(len(idx), device=idx.device), 0, 0, cache.at] = True
         for l, block in enumerate(self.h):
-            x = block.step(x, rope, cache.k[l], cache.v[l], cache.mask[l], cache.at)
+            x = block.step(x, rope, cache.k[l], cache.v[l], cache.mask[l], cache.at, cache.apart[l])
         cache.at += 1
         cache.pos += 1
         return self.head(self.ln_f(x))[:, 0]

@@ -34,12 +34,16 @@ from model import Config
 # A row of the comparison: the method, its options, the option that sets its size and the most we give it.
 ROWS = {
     "iapt": ("iapt", "", "m", 10**6),
-    "iapt-paper": ("iapt", "space=hidden static=0 norm=0", "m", 10**6),
-    "iapt-hidden": ("iapt", "space=hidden", "m", 10**6),
-    "iapt-beside": ("iapt", "beside=8", "m", 10**6),  # most of the budget for soft tokens that are the same for all
+    "iapt-among": ("iapt", "apart=0", "m", 10**6),  # its soft tokens share the tokens' softmax, as others' do
+    "iapt-4": ("iapt", "beside=0", "m", 10**6),  # the four that it generates, and no others
+    "iapt-4-among": ("iapt", "beside=0 apart=0", "m", 10**6),
+    "iapt-hidden": ("iapt", "space=hidden beside=0 apart=0", "m", 10**6),
+    "iapt-paper": ("iapt", "space=hidden static=0 norm=0 beside=0 apart=0", "m", 10**6),
+    "iapt-batch": ("iapt", "pool=batch", "m", 10**6),  # cannot know its own instruction
     "ptuning2": ("ptuning2", "", "P", 10**6),
+    "ptuning2-apart": ("ptuning2", "apart=1", "P", 10**6),  # what IAPT's way to attend is worth without a generator
     "static": ("static", "", "P", 10**6),
-    "ptuning2-4": ("ptuning2", "P=4", None, 0),  # IAPT's static part alone ...
+    "ptuning2-4": ("ptuning2", "P=4", None, 0),  # the static part of iapt-4-among alone ...
     "static-4": ("static", "P=4", None, 0),  # ... and that of iapt-hidden
     "prefix": ("prefix", "P=10", "hidden", 10**6),
     "prefix-512": ("prefix", "P=10", None, 0),  # the paper's MLP, which goes after training, whatever it costs
@@ -51,7 +55,7 @@ ROWS = {
     "full": ("full", "", None, 0),
     "mine": ("mine", "", "P", 10**6),
 }
-LEFT_OUT = ("ptuning2-4", "static-4", "iapt-hidden", "mine")  # unless asked for
+LEFT_OUT = ("iapt-4", "iapt-4-among", "iapt-hidden", "iapt-batch", "ptuning2-4", "static-4", "mine")  # unless asked for
 METRICS = ("none", "exact", "accuracy", "bleu")
 
 

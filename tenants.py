@@ -99,27 +99,38 @@ class Tenants(Tuner):
             keep[rows, less:] = True if keep_ is None else keep_
         return out, at, keep
 
-    def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    def slots(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[tuple | None, tuple | None]:
         for hooked in self.hooked:  # soft tokens pass the frozen norm and projections, not those of another tenant
             hooked.quiet = True
         given = [
-            (rows, tuner.kv(block, l, x_, instr_) if tuner is not None else None)
+            (rows, tuner.slots(block, l, x_, instr_) if tuner is not None else (None, None))
             for rows, tuner, x_, instr_ in self.each(x, instr)
         ]
         for hooked in self.hooked:
             hooked.quiet = False
-        given = [(rows, slots) for rows, slots in given if slots is not None]
-        if not given:
-            return None
-        B, P = len(x), max(k.shape[2] for _, (k, _, _) in given)
-        _, G, _, D = given[0][1][0].shape
-        k, v = x.new_zeros(B, G, P, D), x.new_zeros(B, G, P, D)
-        keep = torch.zeros(B, P, dtype=torch.bool, device=x.device)
-        for rows, (k_, v_, keep_) in given:
-            n = k_.shape[2]
-            k[rows, :, :n], v[rows, :, :n] = k_.to(k.dtype), v_.to(v.dtype)
-            keep[rows, :n] = True if keep_ is None else keep_
-        return k, v, keep
+        # Of soft tokens apart, a row that has none sees zeros, which add nothing: a softmax over nothing is nan.
+        return together([(rows, among) for rows, (among, _) in given], x, keep=False), together(
+            [(rows, apart) for rows, (_, apart) in given], x, keep=True
+        )
+
+
+def together(given: list[tuple], x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Soft tokens (k, v, keep), or None, of some rows each, as those of the whole batch x (B, ..).
+
+    keep says whether rows without any see the zeros that they are given.
+    """
+    given = [(rows, slots) for rows, slots in given if slots is not None]
+    if not given:
+        return None
+    (_, G, _, D), P = given[0][1][0].shape, max(k.shape[2] for _, (k, _, _) in given)
+    k, v = (x.new_zeros(len(x), G, P, D) for _ in "kv")
+    seen = torch.full((len(x), P), keep, device=x.device)
+    for rows, (k_, v_, keep_) in given:
+        n = k_.shape[2]
+        k[rows, :, :n], v[rows, :, :n] = k_.to(k.dtype), v_.to(v.dtype)
+        seen[rows] = False
+        seen[rows, :n] = True if keep_ is None else keep_
+    return k, v, seen
 
 
 class BatchedLoRA(Hooked):

@@ -15,13 +15,15 @@ from model import generate
 # Options beyond the defaults that the tests below should see too.
 VARIANTS = {
     "iapt": [
-        "space=hidden static=0 norm=0",
+        "space=hidden static=0 norm=0 beside=0 apart=0",
+        "apart=0 beside=2",
         "share=2 activation=gelu P=3",
         "pool=mean one_act=1",
         "pool=last beside=2",
         "beside=3 static=0",
     ],
     "dynamic": ["length=1 pool=3", "position=task P=4", "position=before length=1"],
+    "ptuning2": ["apart=1"],
     "lora": ["on=all r=2"],
 }
 CASES = [(arch, method, given) for arch in ARCHS for method in METHODS for given in ["", *VARIANTS.get(method, [])]]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import right_padded, shake, small_model, small_tuner
 
 import iapt
+from baselines import PTuning2
 from iapt import IAPT, POOLS, Rational, RationalFunction, last_pool, mean_pool
 from model import Config, places
 
@@ -116,7 +117,7 @@ def test_the_paper_s_form_has_the_parameter_count_from_which_it_was_inferred():
     """MiLoRA reports 83.9M for IAPT on LLaMA-2 7B with a bottleneck of 320."""
     config = Config(arch="llama", vocab_size=32000, n_layer=32, n_head=32, n_embd=4096)
     with torch.device("meta"):
-        tuner = IAPT(config, m=320, space="hidden", static=False, norm=False)
+        tuner = IAPT(config, m=320, space="hidden", static=False, norm=False, beside=0, apart=False)
     assert sum(p.numel() for p in tuner.parameters()) == 32 * (2 * 4096 * 320 + 320 * 4 + 12) == 83_927_424
 
 
@@ -153,7 +154,7 @@ def test_prepending_soft_tokens_and_discarding_them_equals_extra_keys_and_values
     """At a layer, soft tokens stand before the input, are transformed with it and dropped: only their keys and values
     act.
     """
-    tuner = small_tuner("iapt", model, ["space=hidden"])
+    tuner = small_tuner("iapt", model, ["space=hidden", "apart=0", "beside=0"])
     idx, instr = right_padded([9, 9], 9)
     x, rope = model.embed(idx, torch.arange(9))
     position = torch.tensor([0, 0, 0, 0, *range(9)])  # soft tokens at position 0, the others at their own
@@ -164,13 +165,48 @@ def test_prepending_soft_tokens_and_discarding_them_equals_extra_keys_and_values
         torch.testing.assert_close(x, prepended[:, 4:], atol=1e-5, rtol=1e-5)
 
 
+def test_soft_tokens_apart_add_a_softmax_of_their_own_to_what_attention_finds(model):
+    """By hand: with the same queries, softmax(q k / sqrt(D)) v goes through the output projection and is added."""
+    block, D, groups = model.h[0], model.config.head_dim, model.config.n_head // model.config.n_kv_head
+    x, rope = model.embed(right_padded([5, 5], 5)[0], torch.arange(5))
+    k, v = (torch.randn(2, model.config.n_kv_head, 3, D) for _ in range(2))
+    got = []
+    block.mlp.register_forward_pre_hook(lambda _, given: got.append(given[0]))
+    block.ln_2.register_forward_pre_hook(lambda _, given: got.append(given[0]))
+    block(x, rope)
+    block(x, rope, None, (k, v, None))
+    q, _, _ = block.attn.qkv(block.ln_1(x), rope)
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    found = (q @ k.transpose(2, 3) / D**0.5).softmax(-1) @ v
+    wanted = found.transpose(1, 2).flatten(2) @ block.attn.o.weight.T
+    torch.testing.assert_close(got[2] - got[0], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_soft_tokens_apart_take_no_attention_from_the_tokens(model):
+    """With values of zero they do nothing; among the tokens, keys alone would draw attention away from them."""
+    idx, instr = right_padded([7, 4], 7)
+    for apart in (True, False):
+        tuner = shake(PTuning2(model.config, P=3, apart=apart))
+        for s in tuner.static:
+            s.data[:, s.shape[1] // 2 :] = 0
+        assert torch.equal(model(idx, instr, tuner), model(idx)) == apart
+
+
+def test_averaged_over_the_batch_the_pooled_instruction_says_nothing_of_its_own_row(model):
+    tuner = shake(IAPT(model.config, pool="batch"))
+    x, instr = torch.randn(3, 6, 32), right_padded([6, 4, 5], 6)[1]
+    a, b, c = tuner.prompt(0, x, instr)
+    assert torch.equal(a, b) and torch.equal(b, c)
+    assert not torch.equal(a, tuner.prompt(0, x[:2], instr[:2])[0])
+
+
 def test_a_slot_that_is_not_kept_does_not_act(model):
     block = model.h[0]
     idx, _ = right_padded([5, 5], 5)
     x, rope = model.embed(idx, torch.arange(5))
     k, v = block.soft_kv(torch.randn(2, 4, 32))
     keep = torch.tensor([[True] * 4, [True, False, True, False]])
-    y, _ = block(x, rope, (k, v, keep), places((k, v, keep), None, x))
+    y, _ = block(x, rope, (k, v, keep), None, places((k, v, keep), None, x))
     fewer, _ = block(x[1:], rope, (k[1:, :, ::2], v[1:, :, ::2], None))
     torch.testing.assert_close(y[1:], fewer)
     assert not torch.allclose(y, block(x, rope, (k, v, None))[0])

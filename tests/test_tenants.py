@@ -12,8 +12,8 @@ from model import generate
 from tenants import Tenants
 
 MIXED = [
-    ("iapt", "pool=last"), ("iapt", "P=2 space=hidden"), ("ptuning2", "P=7"), ("prompt", "P=3"),
-    ("dynamic", "length=1 P=4"),
+    ("iapt", "pool=last"), ("iapt", "P=2 space=hidden apart=0"), ("ptuning2", "P=7"), ("prompt", "P=3"),
+    ("dynamic", "length=1 P=4"), ("ptuning2", "P=3 apart=1"),
     ("lora", "r=2"), ("lora", "r=5 alpha=8"), ("lora", "on=k,o,up"), ("adapter", ""),
 ]  # fmt: skip
 
@@ -36,7 +36,7 @@ def alone(model, tuner, f):
 
 
 @pytest.mark.parametrize(
-    "mixed", [MIXED, MIXED[:3], MIXED[5:7], MIXED[3:5]], ids=["all", "slots", "lora", "embeddings"]
+    "mixed", [MIXED, MIXED[:3], MIXED[6:8], MIXED[3:5]], ids=["all", "slots", "lora", "embeddings"]
 )
 def test_a_mixed_batch_equals_one_tenant_at_a_time(model, mixed):
     tuners = [tenant(*given, model, seed) for seed, given in enumerate(mixed)]
@@ -82,7 +82,7 @@ class Inputs(TorchDispatchMode):
 
 
 def test_a_decode_step_reads_no_tensor_of_a_prompt_tenant_but_those_of_lora(model):
-    for given, reads in ((MIXED[:4], False), (MIXED[5:7], True)):
+    for given, reads in ((MIXED[:4], False), (MIXED[6:8], True)):
         tuners = [tenant(*one, model, seed) for seed, one in enumerate(given)]
         tenants = Tenants(tuners, range(len(tuners)))
         tenants.attach(model)
