@@ -15,6 +15,7 @@ and what makes them methods everywhere, in train.py, sample.py, bench.py and the
 
     METHODS                       {name: class}
     build(name, config, given)    a tuner from its name and its options as strings
+    complete(name, given)         those options and all others
 
 Each class reads alone.  Letters for shapes are those of model.py.
 """
@@ -392,6 +393,13 @@ def options(cls: type[Tuner], name: str, given: Iterable[str]) -> dict:
         if choices and out[key] not in choices:
             raise UsageError(f"{name}'s option {key} can be {', '.join(map(str, choices))}; got {value!r}")
     return out
+
+
+def complete(name: str, given: Iterable[str]) -> list[str]:
+    """All of a method's options, as on the command line: what a checkpoint has to say, because defaults may change."""
+    defaults = {k: p.default for k, p in inspect.signature(METHODS[name]).parameters.items() if k != "config"}
+    chosen = defaults | options(METHODS[name], name, given)
+    return [f"{k}={int(v) if isinstance(v, bool) else v}" for k, v in chosen.items()]
 
 
 def build(name: str, config: Config, given: Iterable[str] = ()) -> Tuner:

@@ -2,11 +2,12 @@
 
     python pictures.py reads out/iapt "what is the capital of peru ?"   # what each soft token reads of an instruction
     python pictures.py activations out/iapt                             # the activation of each layer, beside GELU
-    python pictures.py attention out/iapt                               # how much all that follows looks at them
+    python pictures.py attention out/iapt                               # how much of what attention finds is theirs
+    python pictures.py inside out/iapt                                  # a table of lengths, layer by layer
     python pictures.py curves out/iapt out/lora out/ptuning2            # validation loss, run beside run
     python pictures.py serve out/bench/serve.json                       # what tenants cost, from bench.py serve
 
-All but the first want matplotlib.  A checkpoint's own data are taken where some are needed: 64 rows for validation.
+All but `reads` and `inside` want matplotlib.  Where rows are needed, they are 64 of those the run was validated on.
 """
 
 import html
@@ -23,8 +24,8 @@ from checkpoint import load_tuner
 from cli import Parser, UsageError, run
 from data import Tokenizer, collate, encode, read_json, replacing, template
 from iapt import IAPT, Rational, Tuner
-from model import Decoder
-from sample import open_checkpoints, reads
+from model import Decoder, slot_mask
+from sample import entering, open_checkpoints, reads
 from train import open_data, pick_device, spread
 
 GREY, COLORS = "#8b8b8b", ("#4c8dd0", "#e8833a", "#4fa84f", "#d9534f", "#9b6fc0", "#a0785a", "#d176b5", "#7a9a01")
@@ -120,15 +121,9 @@ def picture_activations(args: Namespace, path: str):
     """R of each layer beside GELU, where it started, and where its inputs lie."""
     plt = plots()
     model, tokenizer, tuner = opened(args.runs[0])
-    seen = []
-    hooks = [
-        g.register_forward_pre_hook(lambda g, given: seen.append(g.pooled(*given).cpu().flatten()))
-        for g in tuner.generators
-    ]
     idx, _, instr = batch(args.runs[0], model, tokenizer)
-    model.hidden(idx, instr, tuner)
-    for hook in hooks:
-        hook.remove()
+    given = entering(model, tuner, idx, instr)
+    seen = [g.pooled(*args).cpu().flatten() for g, args in zip(tuner.generators, given)]
     x = torch.linspace(-4, 4, 401)
     n = len(tuner.generators)
     columns = min(n, 4)
@@ -156,17 +151,31 @@ def picture_activations(args: Namespace, path: str):
 
 
 @torch.no_grad()
-def attention_mass(model: Decoder, tuner: Tuner, idx: Tensor, targets: Tensor, instr: Tensor) -> Tensor:
-    """The share of attention that the soft tokens get from the places where a response is predicted: (L, H)."""
-    there, mass = targets >= 0, []
+def soft_share(model: Decoder, tuner: Tuner, idx: Tensor, targets: Tensor, instr: Tensor) -> Tensor:
+    """How much of what a head finds comes from soft tokens, where a response is predicted: (L, H), 0 to 1.
+
+    |soft| / (|soft| + |tokens|), the lengths of the sums of weighted values that it finds there and here.
+    """
+    predicts, shares = targets >= 0, []
+
+    def found(q, k, v, mask=None):
+        """Weighted values, before they are summed up: (B, H, T, S, D)."""
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return scores.softmax(-1)[..., None] * v[:, :, None]
 
     def watched(attn):
-        def mix(q, k, v, mask=None):
-            P = k.shape[2] - q.shape[2]
-            scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * q.shape[-1] ** -0.5
-            weights = scores.float().masked_fill(~mask, float("-inf")).softmax(-1)  # (B, H, T, P + T)
-            mass.append(weights[..., :P].sum(-1).transpose(1, 2)[there].mean(0).cpu())
-            return type(attn).mix(attn, q, k, v, mask)
+        def mix(q, k, v, mask=None, apart=None):
+            T, S = q.shape[2], k.shape[2]
+            all_of_it = found(q, k, v, slot_mask(T, S, None, q.device) if mask is None else mask)
+            soft, tokens = all_of_it[..., : S - T, :].sum(-2), all_of_it[..., S - T :, :].sum(-2)
+            if apart is not None:
+                soft = soft + found(q, *apart[:2]).sum(-2)
+            soft, tokens = soft.norm(dim=-1), tokens.norm(dim=-1)  # (B, H, T)
+            shares.append((soft / (soft + tokens)).transpose(1, 2)[predicts].mean(0).cpu())
+            return type(attn).mix(attn, q, k, v, mask, apart)
 
         return mix
 
@@ -177,24 +186,56 @@ def attention_mass(model: Decoder, tuner: Tuner, idx: Tensor, targets: Tensor, i
     finally:
         for block in model.h:
             del block.attn.mix
-    return torch.stack(mass)
+    return torch.stack(shares)
 
 
 def picture_attention(args: Namespace, path: str):
-    """The attention that the soft tokens get, by layer and head."""
+    """How much of what attention finds comes from soft tokens, by layer and head."""
     plt = plots()
     model, tokenizer, tuner = opened(args.runs[0])
-    mass = attention_mass(model, tuner, *batch(args.runs[0], model, tokenizer)).numpy()
-    L, H = mass.shape
+    share = soft_share(model, tuner, *batch(args.runs[0], model, tokenizer)).numpy()
+    L, H = share.shape
     figure, axis = plt.subplots(figsize=(1.2 + 0.55 * H, 0.8 + 0.42 * L))
-    shown = axis.imshow(mass, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    shown = axis.imshow(share, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for l in range(L):
         for h in range(H):
-            axis.text(h, l, f"{mass[l, h]:.0%}", ha="center", va="center", color="w" if mass[l, h] > 0.5 else "#222222")
+            color = "w" if share[l, h] > 0.5 else "#222222"
+            axis.text(h, l, f"{share[l, h]:.0%}", ha="center", va="center", color=color)
     axis.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(L))
     axis.set(xticklabels=range(1, H + 1), yticklabels=range(1, L + 1))
-    figure.colorbar(shown).set_label("attention to soft tokens")
+    figure.colorbar(shown).set_label("found in soft tokens")
     save(figure, path)
+
+
+# -- Numbers -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def inside(model: Decoder, tuner: IAPT, idx: Tensor, targets: Tensor, instr: Tensor) -> Iterator[str]:
+    """A table of what happens in each layer, over the rows of a batch."""
+    names = ["layer", "length of H", "words read", "into R", "constants", "generated", "by instruction", "attention"]
+    yield f"| {' | '.join(names)} |"
+    yield "|---" * len(names) + "|"
+    share = soft_share(model, tuner, idx, targets, instr)
+    for l, (g, (x, here)) in enumerate(zip(tuner.generators, entering(model, tuner, idx, instr))):
+        _, weights = g.reads(x, here)
+        words = torch.special.entr(weights).sum(-1).exp().mean(0)  # e^entropy: 1 is one word, n are n words alike
+        q, s = g.pooled(x, here), g(x, here)
+        middle, own = s.mean(0), s - s.mean(0)
+        cells = [
+            f"{l + 1}", f"{x[here].norm(dim=-1).mean():.1f}", ", ".join(f"{n:.1f}" for n in words.tolist()),
+            f"{q.quantile(0.01):.1f} to {q.quantile(0.99):.1f}",
+            f"{tuner.static[l].norm(dim=-1).mean():.1f}" if len(tuner.static) else "",
+            f"{middle.norm(dim=-1).mean():.1f}", f"{own.norm(dim=-1).mean():.1f}",
+            f"{share[l].min():.0%} to {share[l].max():.0%}",
+        ]  # fmt: skip
+        yield f"| {' | '.join(cells)} |"
+
+
+def print_inside(args: Namespace):
+    """Print that table for a run."""
+    model, tokenizer, tuner = opened(args.runs[0])
+    print("\n".join(inside(model, tuner, *batch(args.runs[0], model, tokenizer))))
 
 
 # -- Curves ------------------------------------------------------------------------------------------------------------
@@ -266,7 +307,7 @@ def main(argv: list[str] | None = None):
     """The command."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("picture", choices=list(PICTURES), help="what to draw")
+    add("picture", choices=[*PICTURES, "inside"], help="what to draw, or print")
     add(
         "runs",
         nargs="+",
@@ -283,6 +324,8 @@ def main(argv: list[str] | None = None):
         )
     if args.input and args.picture != "reads":
         parser.error("--input is for reads")
+    if args.picture == "inside":
+        return print_inside(args)
     path = args.out or os.path.join("out", f"{args.picture}.svg")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     PICTURES[args.picture](args, path)

@@ -117,18 +117,26 @@ SHADES = ((0.4, "48;5;25;38;5;231"), (0.2, "48;5;68;38;5;231"), (0.1, "48;5;111;
 
 
 @torch.no_grad()
+def entering(model: Decoder, tuner: IAPT, idx: Tensor, instr: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What each layer's generator is given, x (B, T, C) and instr (B, T), as the model reads idx (B, T)."""
+    given = []
+    hooks = [g.register_forward_pre_hook(lambda _, args: given.append(args)) for g in tuner.generators]
+    model.hidden(idx, instr, tuner)
+    for hook in hooks:
+        hook.remove()
+    return given
+
+
+@torch.no_grad()
 def reads(model: Decoder, tokenizer: Tokenizer, tuner: IAPT, prompt: list[int]) -> tuple[list[str], Tensor]:
     """The T words of a prompt (ids), and how much each soft token of each layer reads of each: (L, P, T).
 
     P is 1 where all soft tokens of a layer read the same.
     """
-    read = []
-    hooks = [g.register_forward_pre_hook(lambda g, given: read.append(g.reads(*given)[1][0])) for g in tuner.generators]
     idx = torch.tensor([prompt], device=model.wte.weight.device)
-    model.prefill(idx, torch.tensor([len(prompt)], device=idx.device), tuner)
-    for hook in hooks:
-        hook.remove()
-    return [tokenizer.decode([i]).replace("\n", "\\n") for i in prompt], torch.stack(read)
+    given = entering(model, tuner, idx, torch.ones_like(idx, dtype=torch.bool))
+    weights = [g.reads(*args)[1][0] for g, args in zip(tuner.generators, given)]
+    return [tokenizer.decode([i]).replace("\n", "\\n") for i in prompt], torch.stack(weights)
 
 
 def explain(words: list[str], weights: Tensor, color: bool) -> Iterator[str]:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import hub
 import parallel
 import weights
-from baselines import METHODS, build, options
+from baselines import METHODS, build, complete, options
 from checkpoint import FILES, claim, fill, keep_lines, load_tuner, replace_by_link, resumable, save_tuner
 from cli import Parser, UsageError, run
 from data import Batches, Tokenizer, collate, encode, label_words, load, shorten, split, template, world
@@ -433,7 +433,9 @@ def begin(args: Namespace) -> SimpleNamespace:
         raise UsageError(f"--bilevel: {args.method} with these options has no learned activation")
     args.lr = tuner.lr if args.lr is None else args.lr
     meta = {name: getattr(args, name) for name in DEFINE}
-    meta.update(options=args.o, base=weights.fingerprint(model), block_size=block_size, dtype=str(dtype))
+    meta.update(
+        options=complete(args.method, args.o), base=weights.fingerprint(model), block_size=block_size, dtype=str(dtype)
+    )
     if args.shard:  # layer by layer, so that the whole of it never has to fit
         parallel.shard(model, device)
         model.to(device)

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import torch
-from conftest import small_model
+from conftest import right_padded, shake, small_model
 from test_train import SMALL, rows, run_in  # noqa: F401  (rows is a fixture)
 
 import pictures
@@ -38,22 +38,41 @@ def test_the_words_and_shades_are_those_of_the_pooling(tmp_path):
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
-@pytest.mark.parametrize("space", ["kv", "hidden"])
-def test_attention_that_does_not_distinguish_goes_to_soft_tokens_by_their_number(arch, space):
-    """With queries of zero every place gets the same: of what token t sees, P of P + t + 1 are soft tokens."""
+@pytest.mark.parametrize("apart", [0, 1])
+def test_what_attention_finds_where_nothing_differs_is_of_soft_tokens_by_their_number(arch, apart):
+    """With queries of zero and values that are all the same, token t finds P of P + t + 1 in P soft tokens, and as much
+    as in all tokens if they are apart.
+    """
     model = small_model(arch)
     for block in model.h:
-        torch.nn.init.zeros_(block.attn.q.weight)
-        if block.attn.q.bias is not None:
-            torch.nn.init.zeros_(block.attn.q.bias)
-    tuner = build("iapt", model.config, ["P=3", f"space={space}"])
+        for linear in (block.attn.q, block.attn.v):
+            torch.nn.init.zeros_(linear.weight)
+            if linear.bias is not None:
+                torch.nn.init.zeros_(linear.bias)
+        block.attn.v.bias = torch.nn.Parameter(torch.ones(block.attn.v.out_features))
+    tuner = build("iapt", model.config, ["P=3", "space=hidden", "beside=0", f"apart={apart}"])
     idx, t = torch.randint(10, 50, (2, 9)), torch.arange(9)
     targets = torch.where(t[None] >= torch.tensor([[4], [6]]), idx, -1)
     before = model(idx, t[None] < 4, tuner)
-    mass = pictures.attention_mass(model, tuner, idx, targets, t[None].expand(2, -1) < 4)
-    wanted = (3 / (3 + t + 1)).expand(2, -1)[targets >= 0].mean()
-    torch.testing.assert_close(mass, wanted.expand_as(mass))
+    share = pictures.soft_share(model, tuner, idx, targets, t[None].expand(2, -1) < 4)
+    wanted = (3 / (3 + t + 1)).expand(2, -1)[targets >= 0].mean() if not apart else torch.tensor(0.5)
+    torch.testing.assert_close(share, wanted.expand_as(share))
     assert torch.equal(model(idx, t[None] < 4, tuner), before)  # and the model is as it was
+
+
+def test_inside_says_how_many_words_are_read_and_what_the_instruction_changes():
+    """By hand where it is known: of n words the mean reads n; a blind generator writes the same for every row."""
+    model, cells = small_model("gpt2"), {}
+    idx, instr = right_padded([8, 8, 8], 8)
+    for pool in ("mean", "last", "batch", "attention"):
+        tuner = shake(build("iapt", model.config, [f"pool={pool}"]), 0.3)
+        table = [line.strip("| ").split(" | ") for line in pictures.inside(model, tuner, idx, idx, instr)]
+        cells[pool] = dict(zip(table[0], table[2], strict=True))
+        assert len(table) == 2 + model.config.n_layer
+    x, _ = model.embed(idx, torch.arange(8))
+    assert cells["mean"]["length of H"] == f"{x.norm(dim=-1).mean():.1f}"
+    assert cells["mean"]["words read"] == "8.0" and cells["last"]["words read"] == "1.0"
+    assert cells["batch"]["by instruction"] == "0.0" != cells["attention"]["by instruction"]
 
 
 @pytest.mark.parametrize("picture", list(pictures.PICTURES))

@@ -3,6 +3,7 @@ wrong.
 """
 
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -20,10 +21,11 @@ import cli
 import pictures
 import sample
 import train
-from baselines import METHODS
+from baselines import METHODS, build
 from checkpoint import load_tuner
 from data import encode, load, prepare, world
-from model import generate
+from iapt import Count, Space
+from model import Config, generate
 
 SMALL = "--steps 6 --eval-every 3 --batch-size 8 --val-rows 16 --test-rows 8 --device cpu".split()
 
@@ -169,6 +171,20 @@ def test_a_tuning_is_refused_on_another_model(trained, tmp_path):
     with pytest.raises(ValueError, match="was trained on tiny"):
         sample.main([trained, "x", "--init", str(tmp_path), "--device", "cpu"])
     sample.main([trained, "x", "--init", str(tmp_path), "--device", "cpu", "--force"])
+
+
+def test_a_checkpoint_is_opened_as_it_was_made_even_where_a_default_has_changed(rows, trained, monkeypatch):
+    class Other(METHODS["iapt"]):
+        def __init__(self, config, P: int = 7, beside: Count = 1, m: Count = 0, space: Space = "hidden", **_):
+            super().__init__(config, P=P, beside=beside, m=m, space=space)
+
+    arguments = inspect.signature(METHODS["iapt"]).parameters.values()
+    others = {"P": 7, "beside": 1, "space": "hidden"}
+    Other.__signature__ = inspect.Signature([p.replace(default=others.get(p.name, p.default)) for p in arguments])
+    monkeypatch.setitem(METHODS, "iapt", Other)
+    _, _, (tuner,) = sample.open_checkpoints([trained])
+    assert (tuner.generators[0].P, tuner.beside, tuner.space) == (4, 8, "kv")
+    assert build("iapt", Config(vocab_size=9, n_layer=1, n_head=2, n_embd=16)).beside == 1
 
 
 def test_a_backbone_pretrained_from_scratch_can_be_tuned(rows, tmp_path):
