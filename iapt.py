@@ -18,7 +18,7 @@ tokens, C n_embd, G key/value heads, D head size, L layers; and m for the bottle
 
     python train.py                                  # train it
     python train.py -o P=8 m=32 activation=gelu      # any argument of IAPT.__init__ is an option
-    python train.py -o space=hidden static=0 norm=0  # the paper's form, as far as it is known
+    python train.py -o share=1 space=hidden static=0 norm=0 beside=0 apart=0   # the paper's form, so far as it is known
 """
 
 import functools
@@ -266,7 +266,7 @@ class IAPT(Tuner):
 
         P            soft tokens a layer
         m            bottleneck of the generator; 0 means C / 8
-        share        this many neighbouring layers share one down- and one up-projection
+        share        this many neighbouring layers share one down- and one up-projection; 0: all of them
         activation   rational, gelu, relu, tanh or identity
         one_act      one activation for all layers, in place of one each
         pool         what a soft token reads: attention; mean or last token, the same for all P of them; or 'batch',
@@ -279,23 +279,25 @@ class IAPT(Tuner):
         static_lr    learning rate of the static part, of --lr
         act_lr       learning rate of the coefficients, of --lr
 
-    The paper's form is, as far as we know, space=hidden static=0 norm=0.  There a soft token has the length that the
-    frozen norm gives it: its key cannot grow to draw attention, nor its value to matter.  The README measures that.
+    The paper's form is, as far as we know, share=1 space=hidden static=0 norm=0 beside=0 apart=0.  There a soft token
+    has the length that the frozen norm gives it: its key cannot grow to draw attention, nor its value to matter; and
+    what attention it gets, the words lose.  The README measures that.
 
-    Trainable: L (C m + m P + m out + 12), and L P out for the static part; out is C in 'hidden', 2 G D in 'kv'.
+    Trainable: (C m + m out) L / share, L (m P + 12), and L (P + beside) out constants; out is C in 'hidden', 2 G D in
+    'kv'.
     """
 
     lr = 5e-3
 
     def __init__(
-        self, config: Config, P: int = 4, m: Count = 0, share: int = 1, activation: Activation = "rational",
+        self, config: Config, P: int = 4, m: Count = 0, share: Count = 0, activation: Activation = "rational",
         one_act: bool = False, pool: Pool = "attention", space: Space = "kv", static: bool = True, norm: bool = True,
         beside: Count = 8, apart: bool = True, static_lr: float = 20.0, act_lr: float = 0.2,
     ):  # fmt: skip
         super().__init__()
         self.rates, self.apart = {"static": static_lr, "act": act_lr}, apart
         self.space, self.head_dim, C, L = space, config.head_dim, config.n_embd, config.n_layer
-        m, out = m or C // 8, C if space == "hidden" else 2 * config.n_kv_head * config.head_dim
+        m, share, out = m or C // 8, share or L, C if space == "hidden" else 2 * config.n_kv_head * config.head_dim
         down = [nn.Linear(C, m, bias=False) for _ in range(0, L, share)]
         up = [nn.Linear(m, out, bias=False) for _ in range(0, L, share)]
         for d, u in zip(down, up, strict=True):

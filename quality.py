@@ -34,11 +34,12 @@ from model import Config
 # A row of the comparison: the method, its options, the option that sets its size and the most we give it.
 ROWS = {
     "iapt": ("iapt", "", "m", 10**6),
-    "iapt-among": ("iapt", "apart=0", "m", 10**6),  # its soft tokens share the tokens' softmax, as others' do
+    "iapt-among": ("iapt", "share=1 apart=0", "m", 10**6),  # its soft tokens share the tokens' softmax, as others' do
+    "iapt-unshared": ("iapt", "share=1", "m", 10**6),  # down- and up-projections of each layer's own
     "iapt-4": ("iapt", "beside=0", "m", 10**6),  # the four that it generates, and no others
-    "iapt-4-among": ("iapt", "beside=0 apart=0", "m", 10**6),
-    "iapt-hidden": ("iapt", "space=hidden beside=0 apart=0", "m", 10**6),
-    "iapt-paper": ("iapt", "space=hidden static=0 norm=0 beside=0 apart=0", "m", 10**6),
+    "iapt-4-among": ("iapt", "share=1 beside=0 apart=0", "m", 10**6),
+    "iapt-hidden": ("iapt", "share=1 space=hidden beside=0 apart=0", "m", 10**6),
+    "iapt-paper": ("iapt", "share=1 space=hidden static=0 norm=0 beside=0 apart=0", "m", 10**6),
     "iapt-batch": ("iapt", "pool=batch", "m", 10**6),  # cannot know its own instruction
     "ptuning2": ("ptuning2", "", "P", 10**6),
     "ptuning2-apart": ("ptuning2", "apart=1", "P", 10**6),  # what IAPT's way to attend is worth without a generator

@@ -117,7 +117,7 @@ def test_the_paper_s_form_has_the_parameter_count_from_which_it_was_inferred():
     """MiLoRA reports 83.9M for IAPT on LLaMA-2 7B with a bottleneck of 320."""
     config = Config(arch="llama", vocab_size=32000, n_layer=32, n_head=32, n_embd=4096)
     with torch.device("meta"):
-        tuner = IAPT(config, m=320, space="hidden", static=False, norm=False, beside=0, apart=False)
+        tuner = IAPT(config, m=320, space="hidden", static=False, norm=False, share=1, beside=0, apart=False)
     assert sum(p.numel() for p in tuner.parameters()) == 32 * (2 * 4096 * 320 + 320 * 4 + 12) == 83_927_424
 
 
