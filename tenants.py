@@ -114,7 +114,7 @@ class Tenants(Tuner):
         )
 
 
-def together(given: list[tuple], x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+def together(given: list[tuple], x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Soft tokens (k, v, keep), or None, of some rows each, as those of the whole batch x (B, ..).
 
     keep says whether rows without any see the zeros that they are given.
@@ -130,7 +130,10 @@ def together(given: list[tuple], x: Tensor, keep: bool) -> tuple[Tensor, Tensor,
         k[rows, :, :n], v[rows, :, :n] = k_.to(k.dtype), v_.to(v.dtype)
         seen[rows] = False
         seen[rows, :n] = True if keep_ is None else keep_
-    return k, v, seen
+    alike = sum(len(rows) for rows, _ in given) == len(x) and all(
+        keep_ is None and k_.shape[2] == P for _, (k_, _, keep_) in given
+    )
+    return k, v, None if alike else seen  # a mask that hides nothing costs time at every step
 
 
 class BatchedLoRA(Hooked):
