@@ -9,8 +9,12 @@ and writes P = 4 soft tokens for that layer, to which all that follows may atten
     Q = A^T Z               (P, m)  the instruction, summed up P times
     S = R(Q) W_up           (P, C)  a learned rational activation R, then the up-projection
 
-It is done once, when the prompt is read.  After that the soft tokens are P entries of the key/value cache, and every
-further token costs what it costs the frozen model.
+It is done once, when the prompt is read.  After that the soft tokens are entries of the key/value cache, and a further
+token costs hardly more than it costs the frozen model.
+
+Three things are ours, and make it as strong as LoRA (EXPERIMENTS.md): S are keys and values, not hidden states; tokens
+attend to them in a softmax of their own, and add what they find to what they find among the words; and a learned
+constant stands under each S, and eight more beside them.
 
 What follows: the interface that IAPT shares with every other method (Tuner), the activation (RationalFunction,
 Rational), the pooling, a layer's generator, IAPT.  Letters for shapes are those of model.py: B batch, T tokens, P soft
@@ -287,7 +291,7 @@ class IAPT(Tuner):
     'kv'.
     """
 
-    lr = 5e-3
+    lr = 2.5e-3
 
     def __init__(
         self, config: Config, P: int = 4, m: Count = 0, share: Count = 0, activation: Activation = "rational",

@@ -146,6 +146,8 @@ def picture_activations(args: Namespace, path: str):
             axis.plot(x, F.gelu(x), "--", color=GREY, linewidth=1, label="GELU, its start")
         axis.plot(x, act(x.to(idx.device)).cpu(), color=COLORS[0], label="learned" if learned else "fixed")
         axis.set_title(f"layer {l + 1}", fontsize=9)
+    low, high = axes[0, 0].get_ylim()
+    axes[0, 0].set_ylim(max(low, -6), min(high, 12))  # of all: the axis is shared, and what lies beyond is rare
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=3, bbox_to_anchor=(0.5, -0.12))
     save(figure, path)
 

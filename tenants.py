@@ -108,7 +108,7 @@ class Tenants(Tuner):
         ]
         for hooked in self.hooked:
             hooked.quiet = False
-        # Of soft tokens apart, a row that has none sees zeros, which add nothing: a softmax over nothing is nan.
+        # A row that has none apart sees zeros there, which add nothing: a softmax over nothing is nan in some kernels.
         return together([(rows, among) for rows, (among, _) in given], x, keep=False), together(
             [(rows, apart) for rows, (_, apart) in given], x, keep=True
         )

@@ -217,3 +217,6 @@ def test_shared_projections_are_shared_and_nothing_else_is():
     a, b, c, d = IAPT(model.config, share=2).generators
     assert a.down is b.down and a.up is b.up and b.down is not c.down and c.up is d.up
     assert len({id(g.w_sa) for g in (a, b, c, d)}) == len({id(g.act) for g in (a, b, c, d)}) == 4
+    for share, different in ((0, 1), (1, 4), (3, 2)):
+        generators = IAPT(model.config, share=share).generators
+        assert len({id(g.down) for g in generators}) == len({id(g.up) for g in generators}) == different

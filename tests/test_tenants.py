@@ -53,6 +53,16 @@ def test_a_mixed_batch_equals_one_tenant_at_a_time(model, mixed):
         torch.testing.assert_close(together[row : row + 1, :n], wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_a_row_without_soft_tokens_apart_sees_zeros_and_no_row_a_mask_that_hides_nothing(model):
+    """A softmax over nothing is nan in some kernels; and a mask costs time at every step."""
+    a, b, c = (tenant("ptuning2", given, model, 0) for given in ("P=3 apart=1", "P=5 apart=1", "P=2"))
+    x, instr = torch.randn(3, 6, 32), torch.ones(3, 6, dtype=torch.bool)
+    (_, _, among), (_, v, apart) = Tenants([a, b, c], [0, 1, 2]).slots(model.h[0], 0, x, instr)
+    assert apart.tolist() == [[True] * 3 + [False] * 2, [True] * 5, [True] * 5] and not v[2].any()
+    assert among.tolist() == [[False] * 2, [False] * 2, [True] * 2]
+    assert Tenants([a, a], [0, 1, 1]).slots(model.h[0], 0, x, instr)[1][2] is None
+
+
 @pytest.mark.parametrize("how", [dict(), dict(beams=3)], ids=["greedy", "beams"])
 def test_a_mixed_batch_is_continued_as_each_row_alone(model, how):
     tuners = [tenant(*given, model, seed) for seed, given in enumerate(MIXED)]
