@@ -1,7 +1,7 @@
 """The other methods behind IAPT's interface:
 
-    ptuning2   learned keys and values at each layer (P-tuning v2): IAPT without its generator
-    static     learned hidden states at each layer: IAPT with space=hidden, without its generator
+    ptuning2   learned keys and values at each layer (P-tuning v2)
+    static     learned hidden states at each layer
     prefix     the keys and values come from an MLP, which goes after training (prefix-tuning)
     prompt     learned rows before the embeddings (prompt tuning)
     dynamic    and where they stand, how many, which: chosen by the instruction (dynamic prompting)
@@ -37,8 +37,8 @@ from model import Block, Config, Decoder, norm
 class PTuning2(Tuner):
     """P-tuning v2 (arXiv 2110.07602): P learned keys and values at every layer, the same for every instruction.
 
-    Without the reparametrising MLP, which the paper found to help on some tasks only.  2 G D P L parameters.  With P=4
-    this is IAPT without its generator.
+    Without the reparametrising MLP, which the paper found to help on some tasks only.  2 G D P L parameters.  With
+    P=12 apart=1 this is IAPT without its generator.
     """
 
     lr = 5e-2
@@ -56,7 +56,7 @@ class PTuning2(Tuner):
 class Static(Tuner):
     """P learned hidden states at every layer, which pass through its own norm and projections.  C P L parameters.
 
-    With P=4 this is IAPT with space=hidden, without its generator.
+    With P=4 this is IAPT with space=hidden beside=0 apart=0, without its generator.
     """
 
     lr = 5e-2
@@ -368,19 +368,24 @@ METHODS = {
 }  # fmt: skip
 
 
+def arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """The arguments of a class that can be options: those with a number, a word, yes or no as default."""
+    return {k: p for k, p in inspect.signature(cls).parameters.items() if isinstance(p.default, (int, float, str))}
+
+
 def options(cls: type[Tuner], name: str, given: Iterable[str]) -> dict:
     """['P=8', ...] -> {'P': 8}, checked against a class's arguments: names, types of the defaults, choices.
 
-    A whole number is a size: at least 1, or 0 for a Count.  Raises UsageError, which names the method.
+    A whole number is a size: at least 1, or 0 for a Count or where that is the default.  Raises UsageError, which names
+    the method.
     """
-    known = {k: p for k, p in inspect.signature(cls).parameters.items() if isinstance(p.default, (int, float, str))}
-    out = {}
+    known, out = arguments(cls), {}
     for text in given:
         key, _, value = text.partition("=")
         if key not in known:
             have = ", ".join(f"{k}={p.default}" for k, p in known.items()) or "none"
             raise UsageError(f"{name} has no option {key!r}. It has: {have}")
-        least, choices = int(known[key].annotation is not Count), get_args(known[key].annotation)
+        choices = get_args(known[key].annotation)
         kind = type(known[key].default)
         try:
             out[key] = {"0": False, "1": True}[value] if kind is bool else kind(value)
@@ -388,6 +393,7 @@ def options(cls: type[Tuner], name: str, given: Iterable[str]) -> dict:
             raise UsageError(
                 f"{name}'s option {key} takes {'0 or 1' if kind is bool else 'a number'}, got {value!r}"
             ) from None
+        least = 0 if known[key].annotation is Count or known[key].default == 0 else 1
         if kind is int and out[key] < least:
             raise UsageError(f"{name}'s option {key} must be at least {least}, got {value}")
         if choices and out[key] not in choices:
@@ -397,7 +403,7 @@ def options(cls: type[Tuner], name: str, given: Iterable[str]) -> dict:
 
 def complete(name: str, given: Iterable[str]) -> list[str]:
     """All of a method's options, as on the command line: what a checkpoint has to say, because defaults may change."""
-    defaults = {k: p.default for k, p in inspect.signature(METHODS[name]).parameters.items() if k != "config"}
+    defaults = {k: p.default for k, p in arguments(METHODS[name]).items()}
     chosen = defaults | options(METHODS[name], name, given)
     return [f"{k}={int(v) if isinstance(v, bool) else v}" for k, v in chosen.items()]
 

@@ -12,7 +12,7 @@ and writes P = 4 soft tokens for that layer, to which all that follows may atten
 It is done once, when the prompt is read.  After that the soft tokens are entries of the key/value cache, and a further
 token costs hardly more than it costs the frozen model.
 
-Three things are ours, and make it as strong as LoRA (EXPERIMENTS.md): S are keys and values, not hidden states; tokens
+Three things are ours (EXPERIMENTS.md says what they are worth): S are keys and values, not hidden states; tokens
 attend to them in a softmax of their own, and add what they find to what they find among the words; and a learned
 constant stands under each S, and eight more beside them.
 
@@ -274,7 +274,8 @@ class IAPT(Tuner):
         activation   rational, gelu, relu, tanh or identity
         one_act      one activation for all layers, in place of one each
         pool         what a soft token reads: attention; mean or last token, the same for all P of them; or 'batch',
-                     attention and then the mean of all rows: a control, to see what knowing one's own is worth
+                     attention and then the mean of all rows: a control, to see what knowing one's own is worth (it
+                     depends on who else is in the batch, and alone a row still knows itself)
         space        what it writes: 'kv', keys and values; 'hidden', states that pass the layer's norm, k and v
         static       add a learned constant; the up-projection starts at zero, so training starts at a static prompt
         beside       so many more soft tokens that are constants alone, the same for every instruction
@@ -287,8 +288,8 @@ class IAPT(Tuner):
     has the length that the frozen norm gives it: its key cannot grow to draw attention, nor its value to matter; and
     what attention it gets, the words lose.  The README measures that.
 
-    Trainable: (C m + m out) L / share, L (m P + 12), and L (P + beside) out constants; out is C in 'hidden', 2 G D in
-    'kv'.
+    Trainable: C m + m out, once or for every `share` layers; L (m P + 12); and L (P + beside) out constants,
+    L beside out without the static part.  out is C in 'hidden', 2 G D in 'kv'.
     """
 
     lr = 2.5e-3

@@ -12,9 +12,10 @@ A map of this file, top to bottom:
     Decoder      embed -> blocks -> norm -> head;  forward, prefill, step
     generate     text from prompts of different lengths, in one batch; search, its beam search
 
-The one thing a plain decoder lacks: before each block the decoder asks `tuner.kv(block, l, x, instr)` for P more keys
-and values (see `Tuner` in iapt.py), and the block attends to them beside its own.  That happens when whole sequences
-are read; `step`, which writes one more token, takes no tuner: by then a prompt is nothing but P entries of the cache.
+The one thing a plain decoder lacks: before each block the decoder asks `tuner.slots(block, l, x, instr)` for more keys
+and values (see `Tuner` in iapt.py), and the block attends to them: among its own, or apart, in a softmax of their own.
+They are asked for when whole sequences are read; `step`, which writes one more token, takes no tuner: by then a prompt
+is nothing but entries of the cache.
 
     >>> import torch
     >>> model = Decoder(Config(vocab_size=100, block_size=32, n_layer=2, n_head=4, n_embd=64))

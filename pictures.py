@@ -160,21 +160,23 @@ def soft_share(model: Decoder, tuner: Tuner, idx: Tensor, targets: Tensor, instr
     """
     predicts, shares = targets >= 0, []
 
-    def found(q, k, v, mask=None):
-        """Weighted values, before they are summed up: (B, H, T, S, D)."""
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float()
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        return scores.softmax(-1)[..., None] * v[:, :, None]
+    def looks(q, k, mask):
+        """Attention weights (B, H, T, S)."""
+        k = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = q.float() @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
+
+    def found(weights, v):
+        return weights @ v.float().repeat_interleave(weights.shape[1] // v.shape[1], 1)
 
     def watched(attn):
         def mix(q, k, v, mask=None, apart=None):
-            T, S = q.shape[2], k.shape[2]
-            all_of_it = found(q, k, v, slot_mask(T, S, None, q.device) if mask is None else mask)
-            soft, tokens = all_of_it[..., : S - T, :].sum(-2), all_of_it[..., S - T :, :].sum(-2)
+            T, P = q.shape[2], k.shape[2] - q.shape[2]
+            weights = looks(q, k, slot_mask(T, P + T, None, q.device) if mask is None else mask)
+            soft, tokens = found(weights[..., :P], v[:, :, :P]), found(weights[..., P:], v[:, :, P:])
             if apart is not None:
-                soft = soft + found(q, *apart[:2]).sum(-2)
+                keep = apart[2] if apart[2] is None else apart[2][:, None, None]
+                soft = soft + found(looks(q, apart[0], keep), apart[1])
             soft, tokens = soft.norm(dim=-1), tokens.norm(dim=-1)  # (B, H, T)
             shares.append((soft / (soft + tokens)).transpose(1, 2)[predicts].mean(0).cpu())
             return type(attn).mix(attn, q, k, v, mask, apart)
@@ -327,6 +329,8 @@ def main(argv: list[str] | None = None):
     if args.input and args.picture != "reads":
         parser.error("--input is for reads")
     if args.picture == "inside":
+        if args.out:
+            parser.error("inside prints a table, and takes no --out")
         return print_inside(args)
     path = args.out or os.path.join("out", f"{args.picture}.svg")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

@@ -6,7 +6,7 @@
     tenants.detach()
 
 Methods, and numbers of soft tokens, may differ from row to row.  A tenant of a prompt method is asked once, when the
-prompts are read; after that its soft tokens are entries of the cache, and a decode step is that of the frozen model.
+prompts are read; after that its soft tokens are entries of the cache, and a decode step asks nobody.
 A tenant with hooks (LoRA, adapters) works at every step, on its own rows: that is the difference which the IAPT paper
 is about, and `python bench.py serve` measures it.
 """

@@ -433,9 +433,8 @@ def begin(args: Namespace) -> SimpleNamespace:
         raise UsageError(f"--bilevel: {args.method} with these options has no learned activation")
     args.lr = tuner.lr if args.lr is None else args.lr
     meta = {name: getattr(args, name) for name in DEFINE}
-    meta.update(
-        options=complete(args.method, args.o), base=weights.fingerprint(model), block_size=block_size, dtype=str(dtype)
-    )
+    said = args.o if scratch else complete(args.method, args.o)
+    meta.update(options=said, base=weights.fingerprint(model), block_size=block_size, dtype=str(dtype))
     if args.shard:  # layer by layer, so that the whole of it never has to fit
         parallel.shard(model, device)
         model.to(device)

@@ -9,9 +9,25 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import right_padded, shake, small_model, small_tuner
 
-from baselines import METHODS, Dynamic, build, layouts
-from iapt import Tuner
+from baselines import METHODS, Dynamic, build, complete, layouts
+from cli import UsageError
+from iapt import Count, Tuner
 from model import Config
+
+
+def test_whatever_options_a_method_has_all_of_them_said_build_it_again(monkeypatch):
+    class Odd(Tuner):
+        def __init__(self, config, extra: int = 0, many: Count = 3, rate: float = 0.5, on: bool = True, hook=None):
+            super().__init__()
+            self.given = extra, many, rate, on
+
+    monkeypatch.setitem(METHODS, "odd", Odd)
+    for given in ([], ["extra=2", "many=0", "on=0"]):
+        said = complete("odd", given)
+        assert len(said) == 4 and build("odd", None, said).given == build("odd", None, given).given
+    assert build("odd", None, ["many=0"]).given[1] == 0
+    with pytest.raises(UsageError, match="rate takes a number"):
+        complete("odd", ["rate=x"])
 
 
 def test_prefix_tuning_without_its_mlp_is_the_same_prompt(model):

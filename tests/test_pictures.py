@@ -73,6 +73,7 @@ def test_inside_says_how_many_words_are_read_and_what_the_instruction_changes():
     assert cells["mean"]["length of H"] == f"{x.norm(dim=-1).mean():.1f}"
     assert cells["mean"]["words read"] == "8.0" and cells["last"]["words read"] == "1.0"
     assert cells["batch"]["by instruction"] == "0.0" != cells["attention"]["by instruction"]
+    assert len(list(pictures.inside(model.bfloat16(), tuner, idx, idx, instr))) == len(table)
 
 
 @pytest.mark.parametrize("picture", list(pictures.PICTURES))
@@ -112,6 +113,7 @@ def test_every_form_of_iapt_can_be_looked_into(options, rows, tmp_path):  # noqa
         (2, ["reads", "iapt"], "reads takes a run and an instruction"),
         (1, ["curves", "nowhere"], "no nowhere/log.jsonl: curves are of folders of runs"),
         (1, ["activations", "nowhere"], "no checkpoint at nowhere"),
+        (2, ["inside", "iapt"], "inside prints a table, and takes no --out"),
         (2, ["dance", "iapt"], "invalid choice: 'dance'"),
     ],
 )
