@@ -99,7 +99,7 @@ def adjacent_pairs_rotated(monkeypatch):
 def key_value_heads_dealt_out_in_turn(monkeypatch):
     """Head h with key/value head h mod G, and not h // (H / G)."""
 
-    def mix(self, q, k, v, mask=None):
+    def mix(self, q, k, v, mask=None, apart=None):
         times = self.n_head // self.n_kv_head
         k, v = k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1)
         y = model_py.F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)

@@ -262,7 +262,7 @@ def test_answers_that_are_label_words_are_scored_by_accuracy_among_them(tmp_path
     "status, script, args, says",
     [
         (2, train, ["--method", "foo"], "no method 'foo'. There are: iapt, static"),
-        (2, train, ["-o", "p=4"], "iapt has no option 'p'. It has: P=4, m=0, share=1"),
+        (2, train, ["-o", "p=4"], "iapt has no option 'p'. It has: P=4, m=0, share=0"),
         (2, train, ["-o", "P=four"], "option P takes a number, got 'four'"),
         (2, train, ["-o", "P=0"], "option P must be at least 1, got 0"),
         (2, train, ["-o", "space=air"], "space can be kv, hidden; got 'air'"),
