@@ -40,7 +40,7 @@ ROWS = {
     "iapt-4-among": ("iapt", "share=1 beside=0 apart=0", "m", 10**6),
     "iapt-hidden": ("iapt", "share=1 space=hidden beside=0 apart=0", "m", 10**6),
     "iapt-paper": ("iapt", "share=1 space=hidden static=0 norm=0 beside=0 apart=0", "m", 10**6),
-    "iapt-batch": ("iapt", "pool=batch", "m", 10**6),  # cannot know its own instruction
+    "iapt-batch": ("iapt", "pool=batch", "m", 10**6),  # hardly knows its own instruction
     "ptuning2": ("ptuning2", "", "P", 10**6),
     "ptuning2-apart": ("ptuning2", "apart=1", "P", 10**6),  # what IAPT's way to attend is worth without a generator
     "static": ("static", "", "P", 10**6),

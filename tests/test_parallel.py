@@ -69,16 +69,18 @@ def alone(rows, tmp_path_factory):  # noqa: F811
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(
     "options",
-    [["--method", "iapt"], ["--method", "iapt", "-o", "space=hidden"], ["--method", "ptuning2"], ["--method", "lora"]],
+    [  # all at one rate: Adam turns the rounding of a gradient near zero into a step of about the rate
+        ["--method", "iapt", "-o", "static_lr=1"], ["--method", "iapt", "-o", "space=hidden", "static_lr=1"],
+        ["--method", "ptuning2"], ["--method", "lora"],
+    ],
     ids=["iapt", "iapt-hidden", "ptuning2", "lora"],
-)
+)  # fmt: skip
 def test_several_processes_train_what_one_trains(options, size, how, alone, rows, tmp_path):  # noqa: F811
     out = str(tmp_path / "x")
     assert ended(together(size, [*ARGV, "--data", rows, "--out", out, *options, *how])) == [0] * size
     wanted, got = alone(*options), tensors(out)
     assert wanted.keys() == got.keys()
-    # Adam turns rounding of a gradient near zero into a step; constants move by up to 5e-2 in one.
-    assert max((wanted[k] - got[k]).abs().max() for k in got) < 2e-4
+    assert max((wanted[k] - got[k]).abs().max() for k in got) < 1e-5
 
 
 def test_a_killed_process_ends_the_job_and_the_job_can_be_resumed(rows, tmp_path):  # noqa: F811
