@@ -31,7 +31,7 @@ import quality
 from baselines import build
 from cli import Parser, run
 from data import replacing
-from iapt import Rational, RationalFunction, Tuner
+from iapt import Rational, RationalFunction, Tuner, compiled_once
 from model import Config, Decoder, generate
 from quality import machine, write
 from tenants import Tenants
@@ -100,9 +100,9 @@ def rational(args: Namespace):
     coefficients = [p.detach().to(args.device) for p in Rational().parameters()]
     dtypes = [torch.float32, torch.bfloat16] if args.device.startswith("cuda") else [torch.float32]
     compiled = {
-        "GELU": torch.compile(F.gelu),
-        "GELU, tanh form": torch.compile(lambda x: F.gelu(x, approximate="tanh")),
-        "Horner": torch.compile(plain),
+        "GELU": compiled_once(F.gelu),
+        "GELU, tanh form": compiled_once(lambda x: F.gelu(x, approximate="tanh")),
+        "Horner": compiled_once(plain),
     }
 
     def ours(large):
@@ -295,8 +295,14 @@ def hub_tuners(name: str, args: Namespace) -> Iterator[tuple[str, nn.Module]]:
 # -- Many tenants ------------------------------------------------------------------------------------------------------
 
 
-def served(model: Decoder, tuner: Tuner, idx: Tensor, new: int, beams: int) -> tuple[float | None, float]:
-    """Read prompts idx (B, T), write `new` tokens: seconds for the tokens (None with beams), and for all of it."""
+def served(
+    model: Decoder, tuner: Tuner, idx: Tensor, new: int, beams: int = 1, step: Callable | None = None
+) -> tuple[float | None, float]:
+    """Read prompts idx (B, T), write `new` tokens: seconds for the tokens (None with beams), and for all of it.
+
+    step takes the place of the model's, if given.
+    """
+    step = step or model.step
     sync = (lambda: torch.cuda.synchronize(idx.device)) if idx.is_cuda else (lambda: None)
     length = torch.full((len(idx),), idx.shape[1], device=idx.device)
     sync()
@@ -309,7 +315,7 @@ def served(model: Decoder, tuner: Tuner, idx: Tensor, new: int, beams: int) -> t
     sync()
     middle = time.perf_counter()
     for _ in range(new - 1):
-        logits = model.step(logits.argmax(-1), cache)
+        logits = step(logits.argmax(-1), cache)
     sync()
     end = time.perf_counter()
     return end - middle, end - begin
@@ -376,9 +382,10 @@ def against_peft(name: str, model: Decoder, args: Namespace) -> Iterator[dict]:
     idx = torch.randint(model.config.vocab_size, (n, T), device=args.device)
     how = dict(attention_mask=torch.ones_like(idx), max_new_tokens=new, min_new_tokens=new, do_sample=False,
                pad_token_id=0)  # fmt: skip
-    names = [f"t{i}" for i in range(n)]
+    names, compiled = [f"t{i}" for i in range(n)], torch.compile(model.step, fullgraph=True)
     rivals = {
-        "ours: iapt": lambda: served(model, ours, idx, new, 1),
+        "ours: iapt": lambda: served(model, ours, idx, new),
+        "ours: iapt, its step compiled": lambda: served(model, ours, idx, new, step=compiled),
         "transformers: frozen": lambda: frozen.generate(idx, **how),
         "peft: LoRA r=8 on q, v": lambda: tuned.generate(input_ids=idx, adapter_names=names, **how),
     }

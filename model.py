@@ -244,7 +244,7 @@ class Block(nn.Module):
         """
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
         rows = torch.arange(len(x), device=x.device)
-        k_cache[rows, :, at], v_cache[rows, :, at] = k[:, :, 0], v[:, :, 0]
+        k_cache[rows, :, at], v_cache[rows, :, at], mask[rows, :, :, at] = k[:, :, 0], v[:, :, 0], True
         x = x + self.attn.mix(q, k_cache, v_cache, mask, apart)
         return x + self.mlp(self.ln_2(x))
 
@@ -277,14 +277,16 @@ def places(slots: tuple | None, keep: Tensor | None, x: Tensor) -> Tensor | None
 class Cache:
     """What `prefill` leaves for `step`: where each row's slots and tokens are, and how many.
 
-        k, v     (L, B, G, P + S, D)   P slots, then the prompt of T tokens and room for more, S in all
-        mask     (L, B, 1, 1, P + S)   what may be looked at
-        apart    by layer: the soft tokens with a softmax of their own, (k, v, keep) or None
-        at       (B,)                  index at which a row's next token will be written
-        pos      (B,)                  its position
+        layers   of each layer (k, v, mask, apart)
+                 k, v    (B, G, P + S, D)   P slots, then the prompt of T tokens and room for more, S in all
+                 mask    (B, 1, 1, P + S)   what may be looked at
+                 apart   the soft tokens with a softmax of their own, (k, v, keep) or None
+        at       (B,)   index at which a row's next token will be written
+        pos      (B,)   its position
 
     Prompts are right-padded and each row goes on at its own length, over its own padding: so prompts of different
-    lengths decode together.  The shapes never change, so a decode step can be compiled once.
+    lengths decode together.  The shapes never change, so a decode step can be compiled once.  (Each layer has tensors
+    of its own: if all were parts of one, a compiled step would copy all of it to write one token.)
     """
 
     def __init__(self, layers: list[tuple], T: int, length: Tensor, pos: Tensor, room: int):
@@ -295,20 +297,25 @@ class Cache:
 
         def visible(P, seen):
             seen = torch.ones(len(length), P + T, dtype=torch.bool, device=length.device) if seen is None else seen
-            return F.pad(seen, (most - P, room)) & tokens
+            return (F.pad(seen, (most - P, room)) & tokens)[:, None, None]
 
         tokens = F.pad(torch.arange(T + room, device=length.device) < length[:, None], (most, 0), value=True)
-        self.k = torch.stack([fill(k) for k, *_ in layers])
-        self.v = torch.stack([fill(v) for _, v, *_ in layers])
-        self.mask = torch.stack([visible(P, seen) for _, _, P, seen, _ in layers])[:, :, None, None]
-        dtype = self.k.dtype
-        self.apart = [a if a is None else (a[0].to(dtype), a[1].to(dtype), a[2]) for *_, a in layers]
+        self.layers = []
+        for k, v, P, seen, apart in layers:
+            if apart is not None:
+                apart = (apart[0].to(k.dtype), apart[1].to(k.dtype), apart[2])
+            self.layers.append((fill(k), fill(v), visible(P, seen), apart))
         self.at, self.pos = most + length, pos.clone()
 
     def take(self, rows: Tensor):
         """Go on with the rows of these indices, in this order; a row may occur several times."""
-        self.k, self.v, self.mask = self.k[:, rows], self.v[:, rows], self.mask[:, rows]
-        self.apart = [a if a is None else tuple(x if x is None else x[rows] for x in a) for a in self.apart]
+
+        def taken(x):
+            if isinstance(x, tuple):
+                return tuple(map(taken, x))
+            return None if x is None else x[rows]
+
+        self.layers = [taken(layer) for layer in self.layers]
         self.at, self.pos = self.at[rows], self.pos[rows]
 
 
@@ -449,9 +456,8 @@ class Decoder(nn.Module):
     def step(self, idx: Tensor, cache: Cache) -> Tensor:
         """One more token a row, idx (B,): logits (B, V) of the one after it.  No tuner: its work lies in the cache."""
         x, rope = self.embed(idx[:, None], cache.pos[:, None])
-        cache.mask[:, torch.arange(len(idx), device=idx.device), 0, 0, cache.at] = True
-        for l, block in enumerate(self.h):
-            x = block.step(x, rope, cache.k[l], cache.v[l], cache.mask[l], cache.at, cache.apart[l])
+        for block, (k, v, mask, apart) in zip(self.h, cache.layers):
+            x = block.step(x, rope, k, v, mask, cache.at, apart)
         cache.at += 1
         cache.pos += 1
         return self.head(self.ln_f(x))[:, 0]
