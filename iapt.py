@@ -12,9 +12,9 @@ and writes P = 4 soft tokens for that layer, to which all that follows may atten
 It is done once, when the prompt is read.  After that the soft tokens are entries of the key/value cache, and a further
 token costs hardly more than it costs the frozen model.
 
-Three things are ours (EXPERIMENTS.md says what they are worth): S are keys and values, not hidden states; tokens
-attend to them in a softmax of their own, and add what they find to what they find among the words; and a learned
-constant stands under each S, and eight more beside them.
+Four things are ours (EXPERIMENTS.md says what they are worth): S are keys and values, not hidden states; tokens attend
+to them in a softmax of their own, and add what they find to what they find among the words; a learned constant stands
+under each S, and eight more beside them; and Q is measured from its mean over all instructions.
 
 What follows: the interface that IAPT shares with every other method (Tuner), the activation (RationalFunction,
 Rational), the pooling, a layer's generator, IAPT.  Letters for shapes are those of model.py: B batch, T tokens, P soft
@@ -22,7 +22,7 @@ tokens, C n_embd, G key/value heads, D head size, L layers; and m for the bottle
 
     python train.py                                  # train it
     python train.py -o P=8 m=32 activation=gelu      # any argument of IAPT.__init__ is an option
-    python train.py -o share=1 space=hidden static=0 norm=0 beside=0 apart=0   # the paper's form, so far as it is known
+    python train.py -o share=1 space=hidden static=0 centre=0 norm=0 beside=0 apart=0   # the paper's form, we think
 """
 
 import functools
@@ -208,7 +208,7 @@ ACTIVATIONS = {"rational": Rational, "gelu": nn.GELU, "relu": nn.ReLU, "tanh": n
 Activation = Literal["rational", "gelu", "relu", "tanh", "identity"]
 Space = Literal["kv", "hidden"]  # what a soft token is: a key and a value, or a hidden state
 Count = NewType("Count", int)  # 0 or more; other whole numbers are sizes, of 1 or more
-Pool = Literal["attention", "mean", "last", "batch"]
+Pool = Literal["attention", "mean", "last", "none"]
 
 # -- The method --------------------------------------------------------------------------------------------------------
 
@@ -230,23 +230,49 @@ def last_pool(z: Tensor, w_sa: Tensor | None, instr: Tensor) -> Tensor:
     return torch.zeros_like(instr, dtype=z.dtype).scatter(1, last, 1.0)[:, None]
 
 
-POOLS = {"attention": attention_pool, "mean": mean_pool, "last": last_pool, "batch": attention_pool}
+def no_pool(z: Tensor, w_sa: Tensor | None, instr: Tensor) -> Tensor:
+    """Nothing, for all soft tokens: weights (B, 1, T).  A control, to see what reading the instruction is worth."""
+    return torch.zeros_like(instr, dtype=z.dtype)[:, None]
 
 
-def rms(x: Tensor) -> Tensor:
-    """x (.., n), each of its rows brought to unit mean square."""
-    return F.rms_norm(x, x.shape[-1:])
+POOLS = {"attention": attention_pool, "mean": mean_pool, "last": last_pool, "none": no_pool}
+
+
+def rms(x: Tensor, eps: float | None = None) -> Tensor:
+    """x (.., n), each of its rows brought to unit mean square; what is smaller than eps, to less."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+class Centre(torch.autograd.Function):
+    """q - c, where c learns to be the mean of q, whatever the loss is.
+
+    q (B, P, m), c (P, m) or (1, m).  The gradient for c is that of |q - c|^2 / 2, summed over rows, so that parts of a
+    batch add up; and small, for clipping not to notice.  Adam does not mind how small.
+    """
+
+    @staticmethod
+    def forward(q, c):
+        return q - c
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, g):
+        (away,) = ctx.saved_tensors
+        return g, -1e-4 * away.sum(0)
 
 
 class Generator(nn.Module):
     """A layer's generator: hidden states (B, T, C) and instr (B, T) -> (B, P, out).  Layers may share down and up."""
 
-    def __init__(self, down: nn.Linear, up: nn.Linear, act: nn.Module, P: int, pool: Pool, norm: bool):
+    def __init__(self, down: nn.Linear, up: nn.Linear, act: nn.Module, P: int, pool: Pool, centre: bool, norm: bool):
         super().__init__()
         self.down, self.up, self.act, self.P, self.pool, self.norm = down, up, act, P, POOLS[pool], norm
-        learned = torch.randn(down.out_features, P) * down.out_features**-0.5
-        self.w_sa = nn.Parameter(learned) if self.pool is attention_pool else None
-        self.blind = pool == "batch"
+        m, different = down.out_features, P if self.pool is attention_pool else 1
+        self.w_sa = nn.Parameter(torch.randn(m, P) * m**-0.5) if self.pool is attention_pool else None
+        self.centre = nn.Parameter(torch.zeros(different, m)) if centre else None
 
     def reads(self, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor]:
         """Z (B, T, m), and how much each soft token reads of each place: (B, P, T), or (B, 1, T) if all do alike."""
@@ -259,9 +285,11 @@ class Generator(nn.Module):
         """Q, the instruction as each soft token has read it: what the activation gets, (B, P, m) or (B, 1, m)."""
         z, weights = self.reads(x, instr)
         q = weights @ z
-        if self.blind:
-            q = q.mean(0, keepdim=True).expand_as(q)
-        return rms(q) if self.norm else q
+        # Also ours: most of a hidden state, nine tenths and more, is the same for all instructions.  What is not has to
+        # stand out.  (Where all instructions are alike, what is left is noise: hence eps.)
+        if self.centre is not None:
+            q = Centre.apply(q, self.centre)
+        return rms(q, eps=1e-4) if self.norm else q
 
     def forward(self, x: Tensor, instr: Tensor) -> Tensor:
         s = self.up(self.act(self.pooled(x, instr)))
@@ -276,34 +304,34 @@ class IAPT(Tuner):
         share        this many neighbouring layers share one down- and one up-projection; 0: all of them
         activation   rational, gelu, relu, tanh or identity
         one_act      one activation for all layers, in place of one each
-        pool         what a soft token reads: attention; mean or last token, the same for all P of them; or 'batch',
-                     attention and then the mean of all rows: a control, to see what knowing one's own is worth (it
-                     depends on who else is in the batch, and alone a row still knows itself)
+        pool         what a soft token reads: attention; mean or last token, the same for all P of them; or none, a
+                     control: every instruction gets what the average one would
         space        what it writes: 'kv', keys and values; 'hidden', states that pass the layer's norm, k and v
         static       add a learned constant; the up-projection starts at zero, so training starts at a static prompt
         beside       so many more soft tokens that are constants alone, the same for every instruction
         apart        tokens attend to the soft tokens in a softmax of their own, and add what they find there
+        centre       subtract from Q its mean over all instructions, which is learned on the way
         norm         bring H and Q to unit mean square
-        static_lr    learning rate of the static part, of --lr
+        static_lr    learning rate of the constants, of --lr
         act_lr       learning rate of the coefficients, of --lr
 
-    The paper's form is, as far as we know, share=1 space=hidden static=0 norm=0 beside=0 apart=0.  There a soft token
-    has the length that the frozen norm gives it: its key cannot grow to draw attention, nor its value to matter; and
-    what attention it gets, the words lose.  The README measures that.
+    The paper's form is, as far as we know, share=1 space=hidden static=0 centre=0 norm=0 beside=0 apart=0.  There a
+    soft token has the length that the frozen norm gives it: its key cannot grow to draw attention, nor its value to
+    matter; and what attention it gets, the words lose.  The README measures that.
 
-    Trainable: C m + m out, once or for every `share` layers; L (m P + 12); and L (P + beside) out constants,
-    L beside out without the static part.  out is C in 'hidden', 2 G D in 'kv'.
+    Trainable: C m + m out, once or for every `share` layers; L (m P + 12), and L m P with the centre; and
+    L (P + beside) out constants, L beside out without the static part.  out is C in 'hidden', 2 G D in 'kv'.
     """
 
     lr = 2.5e-3
 
     def __init__(
         self, config: Config, P: int = 4, m: Count = 0, share: Count = 0, activation: Activation = "rational",
-        one_act: bool = False, pool: Pool = "attention", space: Space = "kv", static: bool = True, norm: bool = True,
-        beside: Count = 8, apart: bool = True, static_lr: float = 20.0, act_lr: float = 0.2,
+        one_act: bool = False, pool: Pool = "attention", space: Space = "kv", static: bool = True, centre: bool = True,
+        norm: bool = True, beside: Count = 8, apart: bool = True, static_lr: float = 20.0, act_lr: float = 0.2,
     ):  # fmt: skip
         super().__init__()
-        self.rates, self.apart = {"static": static_lr, "act": act_lr}, apart
+        self.rates, self.apart = {"static": static_lr, "centre": static_lr, "act": act_lr}, apart
         self.space, self.head_dim, C, L = space, config.head_dim, config.n_embd, config.n_layer
         m, share, out = m or C // 8, share or L, C if space == "hidden" else 2 * config.n_kv_head * config.head_dim
         down = [nn.Linear(C, m, bias=False) for _ in range(0, L, share)]
@@ -313,7 +341,7 @@ class IAPT(Tuner):
             nn.init.normal_(u.weight, std=0.0 if static else m**-0.5)
         acts = [ACTIVATIONS[activation]()] * L if one_act else [ACTIVATIONS[activation]() for _ in range(L)]
         owned = [(down[l // share], up[l // share], acts[l]) for l in range(L)]
-        self.generators = nn.ModuleList(Generator(*parts, P, pool, norm) for parts in owned)
+        self.generators = nn.ModuleList(Generator(*parts, P, pool, centre, norm) for parts in owned)
         self.beside, constants = beside, beside + P * static
         self.static = nn.ParameterList(torch.randn(constants, out) * 0.1 for _ in range(L if constants else 0))
 
@@ -338,8 +366,8 @@ class IAPT(Tuner):
         groups = {
             part: {"params": params, "lr": lr * self.rates.get(part, 1)} for part, params in by_part.items() if params
         }
-        if "act" in groups:  # decay would pull a GELU towards zero
-            groups["act"]["weight_decay"] = 0.0
+        for part in {"act", "centre"} & groups.keys():  # decay would pull a GELU, or a mean, towards zero
+            groups[part]["weight_decay"] = 0.0
         return list(groups.values())
 
     def upper(self) -> list[nn.Parameter]:

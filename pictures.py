@@ -217,17 +217,21 @@ def picture_attention(args: Namespace, path: str):
 @torch.no_grad()
 def inside(model: Decoder, tuner: IAPT, idx: Tensor, targets: Tensor, instr: Tensor) -> Iterator[str]:
     """A table of what happens in each layer, over the rows of a batch."""
-    names = ["layer", "length of H", "words read", "into R", "constants", "generated", "by instruction", "attention"]
+    names = ["layer", "length of H", "words read", "Q, common", "Q, own", "into R", "constants", "generated",
+             "by instruction", "attention"]  # fmt: skip
     yield f"| {' | '.join(names)} |"
     yield "|---" * len(names) + "|"
     share = soft_share(model, tuner, idx, targets, instr)
     for l, (g, (x, here)) in enumerate(zip(tuner.generators, entering(model, tuner, idx, instr))):
-        _, weights = g.reads(x, here)
+        z, weights = g.reads(x, here)
+        read = weights @ z
+        common, rest = read.mean(0), read - read.mean(0)
         words = torch.special.entr(weights).sum(-1).exp().mean(0)  # e^entropy: 1 is one word, n are n words alike
         q, s = g.pooled(x, here), g(x, here)
         middle, own = s.mean(0), s - s.mean(0)
         cells = [
             f"{l + 1}", f"{x[here].norm(dim=-1).mean():.1f}", ", ".join(f"{n:.1f}" for n in words.tolist()),
+            f"{common.pow(2).mean().sqrt():.2f}", f"{rest.pow(2).mean().sqrt():.2f}",
             f"{q.quantile(0.01):.1f} to {q.quantile(0.99):.1f}",
             f"{tuner.static[l].norm(dim=-1).mean():.1f}" if len(tuner.static) else "",
             f"{middle.norm(dim=-1).mean():.1f}", f"{own.norm(dim=-1).mean():.1f}",

@@ -11,7 +11,7 @@ from conftest import right_padded, shake, small_model, small_tuner
 
 import iapt
 from baselines import PTuning2
-from iapt import IAPT, POOLS, Rational, RationalFunction, last_pool, mean_pool
+from iapt import IAPT, POOLS, Centre, Rational, RationalFunction, last_pool, mean_pool
 from model import Config, places
 
 
@@ -104,7 +104,8 @@ def test_the_activation_takes_any_shape(shape):
 def test_pooling_weights_are_a_distribution_over_the_instruction():
     z, w = torch.randn(2, 8, 5), torch.randn(5, 4)
     _, instr = right_padded([6, 3], 8)
-    for pool in POOLS.values():
+    for name in ("attention", "mean", "last"):
+        pool = POOLS[name]
         weights = pool(z, w, instr)
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
         assert (weights * ~instr[:, None]).abs().max() == 0
@@ -117,7 +118,9 @@ def test_the_paper_s_form_has_the_parameter_count_from_which_it_was_inferred():
     """MiLoRA reports 83.9M for IAPT on LLaMA-2 7B with a bottleneck of 320."""
     config = Config(arch="llama", vocab_size=32000, n_layer=32, n_head=32, n_embd=4096)
     with torch.device("meta"):
-        tuner = IAPT(config, m=320, space="hidden", static=False, norm=False, share=1, beside=0, apart=False)
+        tuner = IAPT(
+            config, m=320, space="hidden", static=False, centre=False, norm=False, share=1, beside=0, apart=False
+        )
     assert sum(p.numel() for p in tuner.parameters()) == 32 * (2 * 4096 * 320 + 320 * 4 + 12) == 83_927_424
 
 
@@ -144,6 +147,8 @@ def test_soft_tokens_beside_the_generated_ones_are_the_same_for_every_instructio
 @pytest.mark.parametrize("norm", [0, 1])
 def test_with_norm_the_length_of_hidden_states_is_nothing_and_q_has_unit_mean_square(model, norm):
     g = shake(IAPT(model.config, norm=bool(norm))).generators[0]
+    if norm:
+        g.centre.data += 4  # far from all q: what is small is left small
     x, instr = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
     q, longer = g.pooled(x, instr), g.pooled(7 * x, instr)
     assert torch.allclose(q, longer, atol=1e-4) == bool(norm)
@@ -192,12 +197,37 @@ def test_soft_tokens_apart_take_no_attention_from_the_tokens(model):
         assert torch.equal(model(idx, instr, tuner), model(idx)) == apart
 
 
-def test_averaged_over_the_batch_the_pooled_instruction_says_nothing_of_its_own_row(model):
-    tuner = shake(IAPT(model.config, pool="batch"))
+def test_without_pooling_all_instructions_are_one(model):
+    tuner = shake(IAPT(model.config, pool="none"))
     x, instr = torch.randn(3, 6, 32), right_padded([6, 4, 5], 6)[1]
     a, b, c = tuner.prompt(0, x, instr)
     assert torch.equal(a, b) and torch.equal(b, c)
-    assert not torch.equal(a, tuner.prompt(0, x[:2], instr[:2])[0])
+
+
+def test_the_centre_becomes_the_mean_of_q_whatever_the_loss_and_whatever_the_batch_s_parts():
+    q, c = torch.randn(64, 4, 5) + torch.randn(4, 5), torch.zeros(4, 5, requires_grad=True)
+    optimizer = torch.optim.Adam([c], lr=0.05)
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 400)
+        optimizer.zero_grad()
+        (1e-3 * Centre.apply(q, c).exp().sum()).backward()
+        optimizer.step()
+    torch.testing.assert_close(c.detach(), q.mean(0), atol=0.01, rtol=0)
+    x, c = q.clone().requires_grad_(), torch.zeros(4, 5, requires_grad=True)
+    Centre.apply(x, c).backward(q)
+    assert torch.equal(x.grad, q)  # what q stands about does not matter to q
+    whole, c.grad = c.grad, None
+    for part in q.split(16):
+        Centre.apply(part, c).sum().backward()
+    torch.testing.assert_close(c.grad, whole)
+
+
+def test_q_is_measured_from_its_centre(model):
+    g = shake(IAPT(model.config)).generators[0]
+    x, instr = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
+    z, weights = g.reads(x, instr)
+    g.centre.data = (weights @ z)[0].detach()
+    assert (g.pooled(x, instr)[0] == 0).all() and (g.pooled(x, instr)[1] != 0).any()
 
 
 def test_a_slot_that_is_not_kept_does_not_act(model):

@@ -64,7 +64,7 @@ def test_inside_says_how_many_words_are_read_and_what_the_instruction_changes():
     """By hand where it is known: of n words the mean reads n; a blind generator writes the same for every row."""
     model, cells = small_model("gpt2"), {}
     idx, instr = right_padded([8, 8, 8], 8)
-    for pool in ("mean", "last", "batch", "attention"):
+    for pool in ("mean", "last", "none", "attention"):
         tuner = shake(build("iapt", model.config, [f"pool={pool}"]), 0.3)
         table = [line.strip("| ").split(" | ") for line in pictures.inside(model, tuner, idx, idx, instr)]
         cells[pool] = dict(zip(table[0], table[2], strict=True))
@@ -72,7 +72,7 @@ def test_inside_says_how_many_words_are_read_and_what_the_instruction_changes():
     x, _ = model.embed(idx, torch.arange(8))
     assert cells["mean"]["length of H"] == f"{x.norm(dim=-1).mean():.1f}"
     assert cells["mean"]["words read"] == "8.0" and cells["last"]["words read"] == "1.0"
-    assert cells["batch"]["by instruction"] == "0.0" != cells["attention"]["by instruction"]
+    assert cells["none"]["by instruction"] == "0.0" != cells["attention"]["by instruction"]
     assert len(list(pictures.inside(model.bfloat16(), tuner, idx, idx, instr))) == len(table)
 
 
