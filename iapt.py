@@ -22,7 +22,7 @@ tokens, C n_embd, G key/value heads, D head size, L layers; and m for the bottle
 
     python train.py                                  # train it
     python train.py -o P=8 m=32 activation=gelu      # any argument of IAPT.__init__ is an option
-    python train.py -o share=1 space=hidden static=0 centre=0 norm=0 beside=0 apart=0   # the paper's form, we think
+    python train.py -o share=1 pool=attention space=hidden static=0 centre=0 norm=0 beside=0 apart=0  # the paper's form
 """
 
 import functools
@@ -208,15 +208,29 @@ ACTIVATIONS = {"rational": Rational, "gelu": nn.GELU, "relu": nn.ReLU, "tanh": n
 Activation = Literal["rational", "gelu", "relu", "tanh", "identity"]
 Space = Literal["kv", "hidden"]  # what a soft token is: a key and a value, or a hidden state
 Count = NewType("Count", int)  # 0 or more; other whole numbers are sizes, of 1 or more
-Pool = Literal["attention", "mean", "last", "none"]
+Pool = Literal["normed", "attention", "mean", "last", "none"]
 
 # -- The method --------------------------------------------------------------------------------------------------------
+
+
+def rms(x: Tensor, eps: float | None = None) -> Tensor:
+    """x (.., n), each of its rows brought to unit mean square; what is smaller than eps, to less."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 def attention_pool(z: Tensor, w_sa: Tensor, instr: Tensor) -> Tensor:
     """How much P query columns w_sa (m, P) read of each z (B, T, m): weights (B, P, T), each row of sum 1."""
     scores = (z @ w_sa).masked_fill(~instr[..., None], float("-inf"))  # never the padding, never the response
     return scores.softmax(1).transpose(1, 2)
+
+
+def normed_pool(z: Tensor, w_sa: Tensor, instr: Tensor) -> Tensor:
+    """`attention_pool` of z brought to unit mean square: weights (B, P, T).
+
+    Where Q is brought to unit length after it, the length of z would do nothing but sharpen the pooling, and it grows
+    until single words are read and no gradient leads away from them.
+    """
+    return attention_pool(rms(z), w_sa, instr)
 
 
 def mean_pool(z: Tensor, w_sa: Tensor | None, instr: Tensor) -> Tensor:
@@ -235,12 +249,7 @@ def no_pool(z: Tensor, w_sa: Tensor | None, instr: Tensor) -> Tensor:
     return torch.zeros_like(instr, dtype=z.dtype)[:, None]
 
 
-POOLS = {"attention": attention_pool, "mean": mean_pool, "last": last_pool, "none": no_pool}
-
-
-def rms(x: Tensor, eps: float | None = None) -> Tensor:
-    """x (.., n), each of its rows brought to unit mean square; what is smaller than eps, to less."""
-    return F.rms_norm(x, x.shape[-1:], eps=eps)
+POOLS = {"normed": normed_pool, "attention": attention_pool, "mean": mean_pool, "last": last_pool, "none": no_pool}
 
 
 class Centre(torch.autograd.Function):
@@ -270,9 +279,9 @@ class Generator(nn.Module):
     def __init__(self, down: nn.Linear, up: nn.Linear, act: nn.Module, P: int, pool: Pool, centre: bool, norm: bool):
         super().__init__()
         self.down, self.up, self.act, self.P, self.pool, self.norm = down, up, act, P, POOLS[pool], norm
-        m, different = down.out_features, P if self.pool is attention_pool else 1
-        self.w_sa = nn.Parameter(torch.randn(m, P) * m**-0.5) if self.pool is attention_pool else None
-        self.centre = nn.Parameter(torch.zeros(different, m)) if centre else None
+        m, learned = down.out_features, pool in ("normed", "attention")
+        self.w_sa = nn.Parameter(torch.randn(m, P) * m**-0.5) if learned else None
+        self.centre = nn.Parameter(torch.zeros(P if learned else 1, m)) if centre else None
 
     def reads(self, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor]:
         """Z (B, T, m), and how much each soft token reads of each place: (B, P, T), or (B, 1, T) if all do alike."""
@@ -304,8 +313,9 @@ class IAPT(Tuner):
         share        this many neighbouring layers share one down- and one up-projection; 0: all of them
         activation   rational, gelu, relu, tanh or identity
         one_act      one activation for all layers, in place of one each
-        pool         what a soft token reads: attention; mean or last token, the same for all P of them; or none, a
-                     control: every instruction gets what the average one would
+        pool         what a soft token reads: 'attention', softmax(Z W_sa); 'normed', the same with Z of unit mean
+                     square; the 'mean' or 'last' token, one for all P of them; or 'none', a control: every
+                     instruction gets what the average one would
         space        what it writes: 'kv', keys and values; 'hidden', states that pass the layer's norm, k and v
         static       add a learned constant; the up-projection starts at zero, so training starts at a static prompt
         beside       so many more soft tokens that are constants alone, the same for every instruction
@@ -315,9 +325,9 @@ class IAPT(Tuner):
         static_lr    learning rate of the constants, of --lr
         act_lr       learning rate of the coefficients, of --lr
 
-    The paper's form is, as far as we know, share=1 space=hidden static=0 centre=0 norm=0 beside=0 apart=0.  There a
-    soft token has the length that the frozen norm gives it: its key cannot grow to draw attention, nor its value to
-    matter; and what attention it gets, the words lose.  The README measures that.
+    The paper's form is, so far as we know, share=1 pool=attention space=hidden static=0 centre=0 norm=0 beside=0
+    apart=0.  There a soft token has the length that the frozen norm gives it: its key cannot grow to draw attention,
+    nor its value to matter; and what attention it gets, the words lose.  The README measures that.
 
     Trainable: C m + m out, once or for every `share` layers; L (m P + 12), and L m P with the centre; and
     L (P + beside) out constants, L beside out without the static part.  out is C in 'hidden', 2 G D in 'kv'.
@@ -327,7 +337,7 @@ class IAPT(Tuner):
 
     def __init__(
         self, config: Config, P: int = 4, m: Count = 0, share: Count = 0, activation: Activation = "rational",
-        one_act: bool = False, pool: Pool = "attention", space: Space = "kv", static: bool = True, centre: bool = True,
+        one_act: bool = False, pool: Pool = "normed", space: Space = "kv", static: bool = True, centre: bool = True,
         norm: bool = True, beside: Count = 8, apart: bool = True, static_lr: float = 20.0, act_lr: float = 0.2,
     ):  # fmt: skip
         super().__init__()

@@ -104,7 +104,7 @@ def test_the_activation_takes_any_shape(shape):
 def test_pooling_weights_are_a_distribution_over_the_instruction():
     z, w = torch.randn(2, 8, 5), torch.randn(5, 4)
     _, instr = right_padded([6, 3], 8)
-    for name in ("attention", "mean", "last"):
+    for name in ("normed", "attention", "mean", "last"):
         pool = POOLS[name]
         weights = pool(z, w, instr)
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
