@@ -361,14 +361,17 @@ class Quality:
         return {"method": "frozen", "options": "", "trainable": 0, "lr": None, "scores": scores}
 
     def all(self) -> list[dict]:
-        """All rows; what is there is saved after each."""
-        rows, lock = {"frozen": self.frozen()}, threading.Lock()
+        """All rows, and those that an earlier command has left here; what is there is saved after each."""
+        rows, lock = {"frozen": self.frozen(), **self.earlier()}, threading.Lock()
+
+        def table():
+            return [rows[name] for name in ("frozen", *ROWS) if name in rows]
 
         def one(name):
             row = self.row(name)
             with lock:
                 rows[name] = row
-                self.save([rows[name] for name in ("frozen", *self.args.methods) if name in rows])
+                self.save(table())
 
         runs = (1 if self.args.lr or self.args.rates else 3) + self.args.seeds - 1
         with tqdm(total=runs * len(self.args.methods), unit="run", dynamic_ncols=True) as self.bar:
@@ -379,12 +382,24 @@ class Quality:
                 except BaseException:  # Ctrl-C has reached the runs, too: they save, and no other begins
                     self.stopped.set()
                     raise
-        return [rows[name] for name in ("frozen", *self.args.methods)]
+        return table()
+
+    def how(self) -> dict:
+        """What all rows of a table have in common."""
+        common = ("budget", "seeds", "metric", "texts", "beams")
+        return {"options": " ".join(self.args.rest), **{key: getattr(self.args, key) for key in common}}
+
+    def earlier(self) -> dict:
+        """Rows of other methods that the same comparison has left here."""
+        path = os.path.join(self.args.out, "quality.json")
+        left = read_json(path) if os.path.exists(path) else {}
+        if any(left.get(key) != value for key, value in self.how().items()):
+            return {}
+        return {row["method"]: row for row in left["rows"] if row["method"] not in ("frozen", *self.args.methods)}
 
     def save(self, rows: list[dict]):
         """Write rows, and what they depend on: quality.json, and quality.md as a table."""
-        how = {"options": " ".join(self.args.rest), "budget": self.args.budget, "machine": machine(),
-               "jobs": self.args.jobs, "seeds": self.args.seeds}  # fmt: skip
+        how = {**self.how(), "machine": machine(), "jobs": self.args.jobs}
         write(os.path.join(self.args.out, "quality.json"), {**how, "rows": rows})
         with replacing(os.path.join(self.args.out, "quality.md")) as f:
             f.write("\n".join([*markdown(rows), "", f"{self.args.seeds} seeds, {machine()}", ""]))

@@ -78,6 +78,14 @@ def test_a_comparison_scores_the_chosen_rate_alone_and_goes_on_after_a_break(tmp
     count = len(calls)
     bench.main([*argv, "--seeds", "3"])
     assert len(calls) == count + 4  # a third seed of two methods, trained and scored
+
+    def methods():
+        return [row["method"] for row in read_json(tmp_path / "quality.json")["rows"]]
+
+    bench.main([*argv, "--seeds", "3", "--methods", "static"])
+    assert methods() == ["frozen", "ptuning2", "static", "capt"]  # a method more
+    bench.main([*argv, "--methods", "static"])
+    assert methods() == ["frozen", "static"]  # of two seeds: no table for rows of three
     for other in (["--steps", "7"], ["--metric", "bleu"], ["--budget", "9000"]):  # never other runs' figures
         with pytest.raises(ValueError, match="is of a run with other options"):
             bench.main([*argv, *other])
