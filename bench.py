@@ -32,7 +32,7 @@ from baselines import build
 from cli import Parser, run
 from data import replacing
 from iapt import Rational, RationalFunction, Tuner, compiled_once
-from model import Config, Decoder, generate
+from model import Config, Decoder, compiled_step, generate
 from quality import machine, write
 from tenants import Tenants
 from train import pick_device
@@ -382,7 +382,7 @@ def against_peft(name: str, model: Decoder, args: Namespace) -> Iterator[dict]:
     idx = torch.randint(model.config.vocab_size, (n, T), device=args.device)
     how = dict(attention_mask=torch.ones_like(idx), max_new_tokens=new, min_new_tokens=new, do_sample=False,
                pad_token_id=0)  # fmt: skip
-    names, compiled = [f"t{i}" for i in range(n)], torch.compile(model.step, fullgraph=True)
+    names, compiled = [f"t{i}" for i in range(n)], compiled_step(model)
     rivals = {
         "ours: iapt": lambda: served(model, ours, idx, new),
         "ours: iapt, its step compiled": lambda: served(model, ours, idx, new, step=compiled),

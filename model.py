@@ -10,7 +10,7 @@ A map of this file, top to bottom:
     Cache        keys and values already computed, for decoding one token a step
     HeadLoss     the loss of a frozen head, without keeping its logits
     Decoder      embed -> blocks -> norm -> head;  forward, prefill, step
-    generate     text from prompts of different lengths, in one batch; search, its beam search
+    generate     text from prompts of different lengths, in one batch; search, its beam search; compiled_step
 
 The one thing a plain decoder lacks: before each block the decoder asks `tuner.slots(block, l, x, instr)` for more keys
 and values (see `Tuner` in iapt.py), and the block attends to them: among its own, or apart, in a softmax of their own.
@@ -26,6 +26,7 @@ Letters for shapes, here and everywhere: B rows of a batch, T tokens, P soft tok
 heads, D size of a head, V vocabulary, L layers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -528,6 +529,17 @@ def generate(
             break
         logits = model.step(new, cache)
     return out
+
+
+def compiled_step(model: Decoder) -> Callable[[Tensor, Cache], Tensor]:
+    """`model.step`, compiled in one graph when it is first called, with the weights as constants of the graph.
+
+    That packs them for a CPU's matrix products, in a second copy of them; no weight may change after it.
+    """
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True  # of graphs without gradients, as this is, alone
+    return torch.compile(model.step, fullgraph=True)
 
 
 def search(

@@ -23,7 +23,7 @@ from checkpoint import fill, load_tuner
 from cli import Parser, UsageError, run
 from data import Tokenizer, template
 from iapt import IAPT, Tuner
-from model import Decoder
+from model import Decoder, compiled_step
 from tenants import Tenants
 from train import answer, open_model, pick_device
 
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None):
     if tuner is not None:
         tuner.attach(model)
     if args.compile:
-        model.step = torch.compile(model.step, fullgraph=True)
+        model.step = compiled_step(model)
 
     def ask(instructions):
         """Lines to print: an answer to each instruction, with --explain after what was read for it."""

@@ -8,7 +8,7 @@ from conftest import right_padded, shared, small_model, small_tuner
 import weights
 from data import Tokenizer
 from iapt import Tuner
-from model import Config, HeadLoss, generate, pick, search
+from model import Config, HeadLoss, compiled_step, generate, pick, search
 
 
 def test_a_row_stops_at_its_own_end_and_the_others_go_on(model):
@@ -91,6 +91,20 @@ def test_the_compiled_decode_step_is_one_graph_and_equals_the_plain_one(model, m
     torch._dynamo.reset()
     model.step = torch.compile(model.step, fullgraph=True, backend="aot_eager")
     assert generate(model, prompts, tuner, max_new=6) == wanted
+
+
+@pytest.mark.slow
+def test_a_step_with_packed_weights_equals_the_plain_one(model):
+    tuner, (idx, instr) = small_tuner("iapt", model), right_padded([5, 3], 5)
+    logits, cache = model.prefill(idx, instr.sum(1), tuner, 6)
+    _, other = model.prefill(idx, instr.sum(1), tuner, 6)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(freezing=False):  # it sets that
+        step = compiled_step(model)
+        for _ in range(6):
+            new = logits.argmax(-1)
+            logits = model.step(new, cache)
+            torch.testing.assert_close(step(new, other), logits, atol=1e-5, rtol=1e-5)
 
 
 def log_p_of(model, prompt, new, tuner=None):
