@@ -294,8 +294,8 @@ class Generator(nn.Module):
         """Q, the instruction as each soft token has read it: what the activation gets, (B, P, m) or (B, 1, m)."""
         z, weights = self.reads(x, instr)
         q = weights @ z
-        # Also ours: most of a hidden state, nine tenths and more, is the same for all instructions.  What is not has to
-        # stand out.  (Where all instructions are alike, what is left is noise: hence eps.)
+        # Also ours: most of Q is the same for all instructions, on E2E all but a twentieth.  The rest has to stand out
+        # before it is brought to unit mean square.  (Where all instructions are alike, what is left is noise: hence eps.)
         if self.centre is not None:
             q = Centre.apply(q, self.centre)
         return rms(q, eps=1e-4) if self.norm else q
