@@ -256,7 +256,7 @@ class Centre(torch.autograd.Function):
     """q - c, where c learns to be the mean of q, whatever the loss is.
 
     q (B, P, m), c (P, m) or (1, m).  The gradient for c is that of |q - c|^2 / 2, summed over rows, so that parts of a
-    batch add up; and small, for clipping not to notice.  Adam does not mind how small.
+    batch add up; and a millionth of it, for clipping not to notice.  Adam does not mind how small a gradient is.
     """
 
     @staticmethod
@@ -270,7 +270,7 @@ class Centre(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         (away,) = ctx.saved_tensors
-        return g, -1e-4 * away.sum(0)
+        return g, -1e-6 * away.sum(0)
 
 
 class Generator(nn.Module):
@@ -295,7 +295,7 @@ class Generator(nn.Module):
         z, weights = self.reads(x, instr)
         q = weights @ z
         # Also ours: most of Q is the same for all instructions, on E2E all but a twentieth.  The rest has to stand out
-        # before it is brought to unit mean square.  (Where all instructions are alike, what is left is noise: hence eps.)
+        # before it is brought to unit mean square.  (Where all instructions are alike, only noise is left: hence eps.)
         if self.centre is not None:
             q = Centre.apply(q, self.centre)
         return rms(q, eps=1e-4) if self.norm else q
