@@ -274,6 +274,20 @@ def test_mutated_checkpoints(tmp_path):
     assert 0 < loaded < 1000 * TIMES
 
 
+def test_a_tensor_marked_as_a_folder_is_refused(tmp_path):
+    """One flipped byte in a zip's directory, under no checksum, and PyTorch reads zeros."""
+    path = tmp_path / "best.pt"
+    config = Config(vocab_size=20, n_layer=1, n_head=2, n_embd=8)
+    save_tuner(path, build("iapt", config), {"method": "iapt", "options": [], "init": "tiny", "base": "abc"})
+    whole = path.read_bytes()
+    entries = [i for i in range(len(whole)) if whole.startswith(b"PK\x01\x02", i)]
+    assert len(entries) > 10
+    for i in entries:
+        path.write_bytes(whole[: i + 38] + b"\xff" + whole[i + 39 :])
+        with pytest.raises(ValueError, match="is not a checkpoint of train.py"):
+            load_tuner(path)
+
+
 def test_a_pickle_that_runs_code_does_not_run(tmp_path):
     class Bomb:
         def __reduce__(self):
