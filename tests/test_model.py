@@ -94,7 +94,8 @@ def test_the_compiled_decode_step_is_one_graph_and_equals_the_plain_one(model, m
 
 
 @pytest.mark.slow
-def test_a_step_with_packed_weights_equals_the_plain_one(model):
+def test_a_step_with_packed_weights_equals_the_plain_one():
+    model = small_model("llama")
     tuner, (idx, instr) = small_tuner("iapt", model), right_padded([5, 3], 5)
     logits, cache = model.prefill(idx, instr.sum(1), tuner, 6)
     _, other = model.prefill(idx, instr.sum(1), tuner, 6)
