@@ -56,8 +56,9 @@ def load_tuner(path: str) -> dict:
     """
     path = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     try:
-        with zipfile.ZipFile(path) as z:  # torch.load does not look at the checksums that torch.save wrote
-            # ... and reads what is marked as a folder as zeros.
+        with zipfile.ZipFile(path) as z:
+            # torch.load does not look at the checksums that torch.save wrote, and reads what is marked as a folder as
+            # zeros.
             if z.testzip() or any(entry.external_attr for entry in z.infolist()):
                 raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)

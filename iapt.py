@@ -214,7 +214,7 @@ Pool = Literal["normed", "attention", "mean", "last", "none"]
 
 
 def rms(x: Tensor, eps: float | None = None) -> Tensor:
-    """x (.., n), each of its rows brought to unit mean square; what is smaller than eps, to less."""
+    """x (.., n), each row brought to unit mean square; to less, if its mean square is not well above eps."""
     return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 

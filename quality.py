@@ -236,12 +236,13 @@ def write(path: str, content: object):
         json.dump(content, f, indent=1)
 
 
-def rates_of(path: str) -> dict[str, float]:
-    """Each method's learning rate in another comparison's quality.json.  Raises ValueError if it is not one."""
+def comparison(path: str) -> tuple[dict, dict]:
+    """A quality.json: all of it, and its rows by method but the frozen model's.  Raises ValueError if it is not one."""
+    content = read_json(path)
     try:
-        return {row["method"]: row["lr"] for row in read_json(path)["rows"] if row["lr"]}
+        return content, {row["method"]: row for row in content["rows"] if row["lr"]}
     except (KeyError, TypeError):
-        raise ValueError(f"--rates {path} is not the quality.json of a comparison") from None
+        raise ValueError(f"{path} is not the quality.json of a comparison") from None
 
 
 def the_same(path: str, how: list, key: str) -> dict:
@@ -288,7 +289,7 @@ class Quality:
         self.sizes = {name: sized(model.config, name, args.budget) for name in args.methods}
         self.rates = {}
         if args.rates:
-            self.rates = rates_of(args.rates)
+            self.rates = {name: row["lr"] for name, row in comparison(args.rates)[1].items()}
 
     def argv(self, name: str, lr: float, seed: int) -> list[str]:
         """The options of train.py for one run."""
@@ -392,10 +393,9 @@ class Quality:
     def earlier(self) -> dict:
         """Rows of other methods that the same comparison has left here."""
         path = os.path.join(self.args.out, "quality.json")
-        left = read_json(path) if os.path.exists(path) else {}
-        if any(left.get(key) != value for key, value in self.how().items()):
-            return {}
-        return {row["method"]: row for row in left["rows"] if row["method"] not in ("frozen", *self.args.methods)}
+        content, rows = comparison(path) if os.path.exists(path) else ({}, {})
+        same = all(content.get(key) == value for key, value in self.how().items())
+        return {name: row for name, row in rows.items() if same and name not in self.args.methods}
 
     def save(self, rows: list[dict]):
         """Write rows, and what they depend on: quality.json, and quality.md as a table."""

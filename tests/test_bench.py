@@ -45,6 +45,15 @@ def test_the_search_climbs_to_the_best_rate_and_the_rates_beside_it(best):
     assert lowest == pytest.approx(best) and min(found) < lowest < max(found)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"rows": [3]}'])
+def test_a_table_that_is_damaged_is_one_line_and_not_overwritten(content, tmp_path, monkeypatch):
+    (tmp_path / "quality.json").write_text(content)
+    monkeypatch.setattr(quality.Quality, "frozen", lambda self: {})
+    with pytest.raises(ValueError, match="quality.json is not"):
+        bench.main(["quality", "--methods", "capt", "--out", str(tmp_path)])
+    assert (tmp_path / "quality.json").read_text() == content
+
+
 def test_a_comparison_scores_the_chosen_rate_alone_and_goes_on_after_a_break(tmp_path, monkeypatch, capsys):
     calls, stop = [], 6
 
