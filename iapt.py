@@ -119,6 +119,8 @@ class RationalFunction(torch.autograd.Function):
     each; `compiled` says when.
     """
 
+    generate_vmap_rule = True  # many tenants at once (tenants.py): all of it are functions that vmap knows
+
     @staticmethod
     def forward(x, a, b):
         return compiled(rational, x)(x, a, b)
@@ -258,6 +260,8 @@ class Centre(torch.autograd.Function):
     q (B, P, m), c (P, m) or (1, m).  The gradient for c is that of |q - c|^2 / 2, summed over rows, so that parts of a
     batch add up; and a millionth of it, for clipping not to notice.  Adam does not mind how small a gradient is.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(q, c):

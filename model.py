@@ -534,12 +534,15 @@ def generate(
 def compiled_step(model: Decoder) -> Callable[[Tensor, Cache], Tensor]:
     """`model.step`, compiled in one graph when it is first called, with the weights as constants of the graph.
 
-    That packs them for a CPU's matrix products, in a second copy of them; no weight may change after it.
+    That packs them for a CPU's matrix products, in a second copy of them; no weight may change after it.  The compiler
+    tries several kernels for each product, and on a GPU CUDA graphs where they can be had.
     """
     import torch._inductor.config as inductor
 
-    inductor.freezing = True  # of graphs without gradients, as this is, alone
-    return torch.compile(model.step, fullgraph=True)
+    inductor.freezing = True  # of graphs without gradients, as this is, alone; as an option it has no effect
+    quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+    how = {"max_autotune": True, "triton.cudagraphs": model.wte.weight.is_cuda, **quiet}
+    return torch.compile(model.step, fullgraph=True, options=how)
 
 
 def search(

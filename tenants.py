@@ -6,7 +6,8 @@
     tenants.detach()
 
 Methods, and numbers of soft tokens, may differ from row to row.  A tenant of a prompt method is asked once, when the
-prompts are read; after that its soft tokens are entries of the cache, and a decode step asks nobody.
+prompts are read; after that its soft tokens are entries of the cache, and a decode step asks nobody.  Tenants of IAPT
+with the same options are asked together, in one call a layer, however many they are (`Alike`).
 A tenant with hooks (LoRA, adapters) works at every step, on its own rows: that is the difference which the IAPT paper
 is about, and `python bench.py serve` measures it.
 """
@@ -17,9 +18,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call, stack_module_state, vmap
 
 from baselines import Hooked, LoRA
-from iapt import Tuner
+from iapt import IAPT, Tuner
 from model import Block, Decoder
 
 
@@ -43,10 +45,20 @@ class Tenants(Tuner):
             raise ValueError(f"rows of tenants {sorted(set(self.who.tolist()))}, but there are {len(tuners)}")
         self.tuners = nn.ModuleList(tuners)
         self.rows = {t: [i for i, w in enumerate(self.who.tolist()) if w == t] for t in sorted(set(self.who.tolist()))}
-        self.hooked = []
+        self.parts, self.hooked = self.one_by_one(), []
 
     def attach(self, model: Decoder):
-        """LoRA tenants that are alike in all but their weights act together, other hooks row by row."""
+        """Tenants of IAPT, and of LoRA, that are alike in all but their weights act together, other hooks row by row.
+
+        The weights are those of this moment.
+        """
+        groups = {}
+        for rows, tuner in self.one_by_one():  # alike in the number of their rows, too: those are stacked
+            groups.setdefault((len(rows), form(tuner)) if type(tuner) is IAPT else id(rows), []).append((rows, tuner))
+        self.parts = [
+            alike[0] if len(alike) == 1 else (sum((rows for rows, _ in alike), []), Alike([t for _, t in alike]))
+            for alike in groups.values()
+        ]
         hooked = [t for t, tuner in enumerate(self.tuners) if isinstance(tuner, Hooked)]
         if len(self.rows) == 1:  # one tenant: nothing to mix
             self.hooked = [self.tuners[t] for t in hooked if t in self.rows]
@@ -65,15 +77,20 @@ class Tenants(Tuner):
             tuner.attach(model)
 
     def detach(self):
+        self.parts = self.one_by_one()
         while self.hooked:
             tuner = self.hooked.pop()
             tuner.detach()
             tuner.only = None
 
+    def one_by_one(self) -> list[tuple[list[int], Tuner | None]]:
+        """(rows, tuner or None for the frozen model), tenant by tenant."""
+        return [(rows, self.tuners[t] if t >= 0 else None) for t, rows in self.rows.items()]
+
     def each(self, x: Tensor, instr: Tensor) -> Iterator[tuple[list[int], Tuner | None, Tensor, Tensor]]:
-        """(rows, tuner or None for the frozen model, x and instr of these rows), tenant by tenant."""
-        for t, rows in self.rows.items():
-            yield rows, self.tuners[t] if t >= 0 else None, x[rows], instr[rows]
+        """(rows, tuner or None for the frozen model, x and instr of these rows), one part of the batch after another."""
+        for rows, tuner in self.parts:
+            yield rows, tuner, x[rows], instr[rows]
 
     def embed(self, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         B, T, C = x.shape
@@ -134,6 +151,47 @@ def together(given: list[tuple], x: Tensor, keep: bool) -> tuple[Tensor, Tensor,
         keep_ is None and k_.shape[2] == P for _, (k_, _, keep_) in given
     )
     return k, v, None if alike else seen  # a mask that hides nothing costs time at every step
+
+
+class Alike(Tuner):
+    """N tenants of IAPT, equal in all but their weights, asked as one: of N R rows, row i is that of tenant i // R.
+
+    Their parameters are stacked, and `vmap` makes one tenant's computation that of all: as many kernels as for one.
+    """
+
+    def __init__(self, tuners: list[IAPT]):
+        super().__init__()
+        self.apart, self.ask = tuners[0].apart, Ask(tuners[0])
+        self.weights, _ = stack_module_state([Ask(tuner) for tuner in tuners])  # {name: (N, ..)}
+        self.N = len(tuners)
+
+    def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor, None]:
+        def one(weights, x, instr):  # what layers share is in there once, and has to be put in its place once
+            return functional_call(self.ask, weights, (block, l, x, instr), tie_weights=False)
+
+        k, v = vmap(one)(self.weights, x.unflatten(0, (self.N, -1)), instr.unflatten(0, (self.N, -1)))
+        return k.flatten(0, 1), v.flatten(0, 1), None
+
+
+class Ask(nn.Module):
+    """A tuner's `kv` as a module's forward, which is what functional_call calls."""
+
+    def __init__(self, tuner: Tuner):
+        super().__init__()
+        self.tuner = tuner
+
+    def forward(self, *args) -> tuple[Tensor, Tensor]:
+        return self.tuner.kv(*args)[:2]
+
+
+def form(tuner: Tuner) -> str:
+    """All that makes a tuner but the values of its parameters: where this is equal, so are options and shapes."""
+    shapes = [(name, p.shape) for name, p in tuner.named_parameters()]
+    given = [
+        (name, type(m), {key: value for key, value in vars(m).items() if key[0] != "_"})
+        for name, m in tuner.named_modules()
+    ]
+    return repr((shapes, given))
 
 
 class BatchedLoRA(Hooked):

@@ -16,6 +16,11 @@ MIXED = [
     ("dynamic", "length=1 P=4"), ("ptuning2", "P=3 apart=1"),
     ("lora", "r=2"), ("lora", "r=5 alpha=8"), ("lora", "on=k,o,up"), ("adapter", ""),
 ]  # fmt: skip
+ALIKE = [
+    ("iapt", "m=3"), ("iapt", "m=3"), ("iapt", "m=3 activation=gelu"), ("iapt", "m=3 activation=tanh"),
+    ("iapt", "space=hidden norm=0 one_act=1"), ("iapt", "space=hidden norm=0 one_act=1"),
+    ("iapt", "share=1 static=0 beside=0 apart=0"), ("iapt", "share=1 static=0 beside=0 apart=0"),
+]  # fmt: skip
 
 
 def tenant(method, options, model, seed):
@@ -36,7 +41,9 @@ def alone(model, tuner, f):
 
 
 @pytest.mark.parametrize(
-    "mixed", [MIXED, MIXED[:3], MIXED[6:8], MIXED[3:5]], ids=["all", "slots", "lora", "embeddings"]
+    "mixed",
+    [MIXED, MIXED[:3], MIXED[6:8], MIXED[3:5], ALIKE],
+    ids=["all", "slots", "lora", "embeddings", "alike"],
 )
 def test_a_mixed_batch_equals_one_tenant_at_a_time(model, mixed):
     tuners = [tenant(*given, model, seed) for seed, given in enumerate(mixed)]
@@ -51,6 +58,15 @@ def test_a_mixed_batch_equals_one_tenant_at_a_time(model, mixed):
         own = idx[row : row + 1, :n], instr[row : row + 1, :n]
         wanted = alone(model, tuners[t] if t >= 0 else None, lambda tuner, own=own: model(*own, tuner))
         torch.testing.assert_close(together[row : row + 1, :n], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_tenants_of_iapt_are_asked_together_if_nothing_but_their_weights_differs(model):
+    tuners = [tenant(*given, model, seed) for seed, given in enumerate(ALIKE)]
+    tenants = Tenants(tuners, [*range(len(tuners)), -1, 0, 1])
+    tenants.attach(model)
+    assert sorted(rows for rows, _ in tenants.parts) == [[0, 9, 1, 10], [2], [3], [4, 5], [6, 7], [8]]
+    tenants.detach()
+    assert [tuner for _, tuner in tenants.parts] == [None, *tuners]
 
 
 def test_a_row_without_soft_tokens_apart_sees_zeros_and_no_row_a_mask_that_hides_nothing(model):
