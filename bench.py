@@ -97,7 +97,7 @@ def plain(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def rational(args: Namespace):
     """Time, memory and error of our activation, beside GELU and the plain form."""
-    coefficients = [p.detach().to(args.device) for p in Rational().parameters()]
+    coefficients = [c.detach().to(args.device) for c in Rational().coefficients()]
     dtypes = [torch.float32, torch.bfloat16] if args.device.startswith("cuda") else [torch.float32]
     compiled = {
         "GELU": compiled_once(F.gelu),

@@ -22,7 +22,6 @@ tokens, C n_embd, G key/value heads, D head size, L layers; and m for the bottle
 
     python train.py                                  # train it
     python train.py -o P=8 m=32 activation=gelu      # any argument of IAPT.__init__ is an option
-    python train.py -o share=1 pool=attention space=hidden static=0 centre=0 norm=0 beside=0 apart=0  # the paper's form
 """
 
 import functools
@@ -193,17 +192,25 @@ def compiled(f: Callable, x: Tensor) -> Callable:
 class Rational(nn.Module):
     """A rational activation of degrees (6, 5), 12 learned coefficients; at first it is GELU, within 3.4e-3 on [-8, 8].
 
-    These are our own least-squares fit: published ones are often meant for d = 1 + |b_1 x| + |b_2 x^2| + ...
+    They start at our own least-squares fit: published ones are often meant for d = 1 + |b_1 x| + |b_2 x^2| + ...
+    What learns are the coefficients of powers of x / unit.  Adam moves all parameters alike, and x^6 is 244 at x = 2.5:
+    of coefficients of x itself (unit=1), a step that does little to a_1 throws the whole curve about by a_6.
     """
 
-    def __init__(self):
+    def __init__(self, unit: float = 4.0):
         super().__init__()
         a = [-0.00335156972, 0.5, 0.418830997, 0.125136917, 0.0158261704, 0.000717348636, 0.0]
-        self.a = nn.Parameter(torch.tensor(a))
-        self.b = nn.Parameter(torch.tensor([0.0, 0.250273834, 0.0, 0.00143469727, 0.0]))
+        b = [0.0, 0.250273834, 0.0, 0.00143469727, 0.0]
+        self.register_buffer("units", unit ** -torch.arange(7.0), persistent=False)
+        self.a = nn.Parameter(torch.tensor(a) / self.units)
+        self.b = nn.Parameter(torch.tensor(b) / self.units[1:6])
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """a (7,) and b (5,), those of powers of x."""
+        return self.a * self.units, self.b * self.units[1:6]
 
     def forward(self, x: Tensor) -> Tensor:
-        return RationalFunction.apply(x, self.a, self.b)
+        return RationalFunction.apply(x, *self.coefficients())
 
 
 ACTIVATIONS = {"rational": Rational, "gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Tanh, "identity": nn.Identity}
@@ -316,6 +323,7 @@ class IAPT(Tuner):
         m            bottleneck of the generator; 0 means C / 8
         share        this many neighbouring layers share one down- and one up-projection; 0: all of them
         activation   rational, gelu, relu, tanh or identity
+        unit         the rational's coefficients learn as those of powers of x / unit
         one_act      one activation for all layers, in place of one each
         pool         what a soft token reads: 'attention', softmax(Z W_sa); 'normed', the same with Z of unit mean
                      square; the 'mean' or 'last' token, one for all P of them; or 'none', a control: every
@@ -329,20 +337,21 @@ class IAPT(Tuner):
         static_lr    learning rate of the constants, of --lr
         act_lr       learning rate of the coefficients, of --lr
 
-    The paper's form is, so far as we know, share=1 pool=attention space=hidden static=0 centre=0 norm=0 beside=0
-    apart=0.  There a soft token has the length that the frozen norm gives it: its key cannot grow to draw attention,
-    nor its value to matter; and what attention it gets, the words lose.  The README measures that.
+    The paper's form is, so far as we know, share=1 pool=attention unit=1 space=hidden static=0 centre=0 norm=0
+    beside=0 apart=0.  There a soft token has the length that the frozen norm gives it: its key cannot grow to draw
+    attention, nor its value to matter; and what attention it gets, the words lose.  The README measures that.
 
     Trainable: C m + m out, once or for every `share` layers; L (m P + 12), and L m P with the centre; and
     L (P + beside) out constants, L beside out without the static part.  out is C in 'hidden', 2 G D in 'kv'.
     """
 
-    lr = 2.5e-3
+    lr = 1.25e-3
 
     def __init__(
         self, config: Config, P: int = 4, m: Count = 0, share: Count = 0, activation: Activation = "rational",
-        one_act: bool = False, pool: Pool = "normed", space: Space = "kv", static: bool = True, centre: bool = True,
-        norm: bool = True, beside: Count = 8, apart: bool = True, static_lr: float = 20.0, act_lr: float = 0.2,
+        unit: float = 4.0, one_act: bool = False, pool: Pool = "normed", space: Space = "kv", static: bool = True,
+        centre: bool = True, norm: bool = True, beside: Count = 8, apart: bool = True, static_lr: float = 40.0,
+        act_lr: float = 0.2,
     ):  # fmt: skip
         super().__init__()
         self.rates, self.apart = {"static": static_lr, "centre": static_lr, "act": act_lr}, apart
@@ -353,7 +362,9 @@ class IAPT(Tuner):
         for d, u in zip(down, up, strict=True):
             nn.init.normal_(d.weight, std=C**-0.5)
             nn.init.normal_(u.weight, std=0.0 if static else m**-0.5)
-        acts = [ACTIVATIONS[activation]()] * L if one_act else [ACTIVATIONS[activation]() for _ in range(L)]
+        acts = [Rational(unit) if activation == "rational" else ACTIVATIONS[activation]() for _ in range(L)]
+        if one_act:
+            acts = acts[:1] * L
         owned = [(down[l // share], up[l // share], acts[l]) for l in range(L)]
         self.generators = nn.ModuleList(Generator(*parts, P, pool, centre, norm) for parts in owned)
         self.beside, constants = beside, beside + P * static

@@ -88,7 +88,7 @@ class Tenants(Tuner):
         return [(rows, self.tuners[t] if t >= 0 else None) for t, rows in self.rows.items()]
 
     def each(self, x: Tensor, instr: Tensor) -> Iterator[tuple[list[int], Tuner | None, Tensor, Tensor]]:
-        """(rows, tuner or None for the frozen model, x and instr of these rows), one part of the batch after another."""
+        """(rows, tuner or None for the frozen model, x and instr of these rows), part by part."""
         for rows, tuner in self.parts:
             yield rows, tuner, x[rows], instr[rows]
 

@@ -15,7 +15,7 @@ from model import generate
 # Options beyond the defaults that the tests below should see too.
 VARIANTS = {
     "iapt": [
-        "share=1 pool=attention space=hidden static=0 centre=0 norm=0 beside=0 apart=0",
+        "share=1 pool=attention unit=1 space=hidden static=0 centre=0 norm=0 beside=0 apart=0",
         "apart=0 beside=2",
         "share=2 activation=gelu P=3",
         "pool=mean one_act=1",

@@ -54,12 +54,24 @@ def test_half_precision_does_not_overflow():
     assert y.dtype == x.dtype and y.isfinite().all() and x.grad.isfinite().all()
 
 
+def test_the_same_step_of_any_coefficient_bends_the_curve_by_no_more_than_that_where_inputs_lie():
+    """dR/da <= 1 and |dR/db| <= |R| <= 4 on [-4, 4], for the coefficients that learn: Adam moves them all alike."""
+    x, r, step = torch.linspace(-4, 4, 801), Rational(), 1e-2
+    before = r(x).detach()
+    for c, most in ((r.a, 1), (r.b, 4)):
+        for j in range(len(c)):
+            with torch.no_grad():
+                c[j] += step
+                assert 0.01 * step < (r(x) - before).abs().max() <= 1.01 * most * step
+                c[j] -= step
+
+
 def test_only_x_and_the_coefficients_are_kept_for_the_backward_pass():
     kept = []
     x, r = torch.randn(1000, requires_grad=True), Rational()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         r(x)
-    assert sum(kept) == 1000 + 12
+    assert sum(kept) == 1000 + 12 + 12  # the coefficients, and the units in which they learn
 
 
 def gradients_of(x, r, g):
