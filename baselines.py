@@ -21,6 +21,7 @@ Each class reads alone.  Letters for shapes are those of model.py.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, get_args
 
@@ -376,8 +377,8 @@ def arguments(cls: type) -> dict[str, inspect.Parameter]:
 def options(cls: type[Tuner], name: str, given: Iterable[str]) -> dict:
     """['P=8', ...] -> {'P': 8}, checked against a class's arguments: names, types of the defaults, choices.
 
-    A whole number is a size: at least 1, or 0 for a Count or where that is the default.  Raises UsageError, which names
-    the method.
+    A whole number is a size: at least 1, or 0 for a Count or where that is the default; another is a rate or a factor,
+    not negative.  Raises UsageError, which names the method.
     """
     known, out = arguments(cls), {}
     for text in given:
@@ -396,6 +397,8 @@ def options(cls: type[Tuner], name: str, given: Iterable[str]) -> dict:
         least = 0 if known[key].annotation is Count or known[key].default == 0 else 1
         if kind is int and out[key] < least:
             raise UsageError(f"{name}'s option {key} must be at least {least}, got {value}")
+        if kind is float and not 0 <= out[key] < math.inf:
+            raise UsageError(f"{name}'s option {key} must be a number of 0 or more, got {value}")
         if choices and out[key] not in choices:
             raise UsageError(f"{name}'s option {key} can be {', '.join(map(str, choices))}; got {value!r}")
     return out

@@ -197,11 +197,11 @@ class Rational(nn.Module):
     of coefficients of x itself (unit=1), a step that does little to a_1 throws the whole curve about by a_6.
     """
 
-    def __init__(self, unit: float = 4.0):
+    def __init__(self, unit: int = 4):
         super().__init__()
         a = [-0.00335156972, 0.5, 0.418830997, 0.125136917, 0.0158261704, 0.000717348636, 0.0]
         b = [0.0, 0.250273834, 0.0, 0.00143469727, 0.0]
-        self.register_buffer("units", unit ** -torch.arange(7.0), persistent=False)
+        self.register_buffer("units", float(unit) ** -torch.arange(7), persistent=False)
         self.a = nn.Parameter(torch.tensor(a) / self.units)
         self.b = nn.Parameter(torch.tensor(b) / self.units[1:6])
 
@@ -349,7 +349,7 @@ class IAPT(Tuner):
 
     def __init__(
         self, config: Config, P: int = 4, m: Count = 0, share: Count = 0, activation: Activation = "rational",
-        unit: float = 4.0, one_act: bool = False, pool: Pool = "normed", space: Space = "kv", static: bool = True,
+        unit: int = 4, one_act: bool = False, pool: Pool = "normed", space: Space = "kv", static: bool = True,
         centre: bool = True, norm: bool = True, beside: Count = 8, apart: bool = True, static_lr: float = 40.0,
         act_lr: float = 0.2,
     ):  # fmt: skip
