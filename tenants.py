@@ -162,11 +162,12 @@ class Alike(Tuner):
     def __init__(self, tuners: list[IAPT]):
         super().__init__()
         self.apart, self.ask = tuners[0].apart, Ask(tuners[0])
-        self.weights, _ = stack_module_state([Ask(tuner) for tuner in tuners])  # {name: (N, ..)}
-        self.N = len(tuners)
+        parameters, buffers = stack_module_state([Ask(tuner) for tuner in tuners])
+        self.N, self.weights = len(tuners), parameters | buffers  # copies, {name: (N, ..)}
 
     def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor, None]:
-        def one(weights, x, instr):  # what layers share is in there once, and has to be put in its place once
+        def one(weights, x, instr):
+            # tie_weights would swap what layers share, which is one module, once for each of them, and put it back once.
             return functional_call(self.ask, weights, (block, l, x, instr), tie_weights=False)
 
         k, v = vmap(one)(self.weights, x.unflatten(0, (self.N, -1)), instr.unflatten(0, (self.N, -1)))

@@ -17,7 +17,7 @@ MIXED = [
     ("lora", "r=2"), ("lora", "r=5 alpha=8"), ("lora", "on=k,o,up"), ("adapter", ""),
 ]  # fmt: skip
 ALIKE = [
-    ("iapt", "m=3"), ("iapt", "m=3"), ("iapt", "m=3 activation=gelu"), ("iapt", "m=3 activation=tanh"),
+    ("iapt", "m=3"), ("iapt", "m=3 unit=2"), ("iapt", "m=3 activation=gelu"), ("iapt", "m=3 activation=tanh"),
     ("iapt", "space=hidden norm=0 one_act=1"), ("iapt", "space=hidden norm=0 one_act=1"),
     ("iapt", "share=1 static=0 beside=0 apart=0"), ("iapt", "share=1 static=0 beside=0 apart=0"),
 ]  # fmt: skip
