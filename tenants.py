@@ -167,7 +167,7 @@ class Alike(Tuner):
 
     def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor, None]:
         def one(weights, x, instr):
-            # tie_weights would swap what layers share, which is one module, once for each of them, and put it back once.
+            # tie_weights would replace the weights of a module that layers share several times, and put them back once.
             return functional_call(self.ask, weights, (block, l, x, instr), tie_weights=False)
 
         k, v = vmap(one)(self.weights, x.unflatten(0, (self.N, -1)), instr.unflatten(0, (self.N, -1)))
