@@ -12,6 +12,7 @@ in the same round.  Machines change from second to second; such ratios hardly do
 installed they are among the rivals.
 """
 
+import functools
 import itertools
 import os
 import statistics
@@ -365,7 +366,7 @@ def mixed(name: str, model: Decoder, n: int, beams: int, T: int, new: int, args:
 
 
 def against_peft(name: str, model: Decoder, args: Namespace) -> Iterator[dict]:
-    """Rows of a table: peft's LoRA with an adapter for each row of a batch, against its frozen model and our IAPT."""
+    """Rows of a table: peft's LoRA with an adapter for each row of a batch, its frozen model, our IAPT and LoRA."""
     n, T, new = args.rows, args.tokens[0], args.new[0]
     if not HUB:
         return
@@ -377,18 +378,19 @@ def against_peft(name: str, model: Decoder, args: Namespace) -> Iterator[dict]:
     for i in range(1, n):
         tuned.add_adapter(f"t{i}", config)
     tuned.eval()
-    ours = Tenants([build("iapt", model.config).to(args.device).eval() for _ in range(n)], range(n)).to(args.device)
-    ours.attach(model)
     idx = torch.randint(model.config.vocab_size, (n, T), device=args.device)
+    rivals = {}
+    for label, method, own in (("iapt", "iapt", model), ("lora r=8 on q, v", "lora", random_model(name, args))):
+        ours = Tenants([build(method, own.config).to(args.device).eval() for _ in range(n)], range(n)).to(args.device)
+        ours.attach(own)
+        serving = functools.partial(served, own, ours, idx, new)
+        rivals[f"ours: {label}"] = serving
+        rivals[f"ours: {label}, step compiled"] = functools.partial(serving, step=compiled_step(own))
     how = dict(attention_mask=torch.ones_like(idx), max_new_tokens=new, min_new_tokens=new, do_sample=False,
                pad_token_id=0)  # fmt: skip
-    names, compiled = [f"t{i}" for i in range(n)], compiled_step(model)
-    rivals = {
-        "ours: iapt": lambda: served(model, ours, idx, new),
-        "ours: iapt, its step compiled": lambda: served(model, ours, idx, new, step=compiled),
-        "transformers: frozen": lambda: frozen.generate(idx, **how),
-        "peft: LoRA r=8 on q, v": lambda: tuned.generate(input_ids=idx, adapter_names=names, **how),
-    }
+    names = [f"t{i}" for i in range(n)]
+    rivals["transformers: frozen"] = lambda: frozen.generate(idx, **how)
+    rivals["peft: LoRA r=8 on q, v"] = lambda: tuned.generate(input_ids=idx, adapter_names=names, **how)
     with torch.no_grad():
         seconds = interleaved(rivals, args.rounds, args.device, f"{name}, peft")
     for label in rivals:
