@@ -398,7 +398,7 @@ def options(cls: type[Tuner], name: str, given: Iterable[str]) -> dict:
         if kind is int and out[key] < least:
             raise UsageError(f"{name}'s option {key} must be at least {least}, got {value}")
         if kind is float and not 0 <= out[key] < math.inf:
-            raise UsageError(f"{name}'s option {key} must be a number of 0 or more, got {value}")
+            raise UsageError(f"{name}'s option {key} must be a finite number of 0 or more, got {value}")
         if choices and out[key] not in choices:
             raise UsageError(f"{name}'s option {key} can be {', '.join(map(str, choices))}; got {value!r}")
     return out

@@ -70,6 +70,9 @@ def load_tuner(path: str) -> dict:
         raise FileNotFoundError(f"no checkpoint at {path}. Run: python train.py") from None
     except Exception as e:  # torch.load raises half a dozen kinds, and so does looking into what is something else
         raise ValueError(f"{path} is not a checkpoint of train.py, or was cut off ({type(e).__name__})") from None
+    named = {option.partition("=")[0] for option in meta["options"]}
+    if "act_lr" in named and "unit" not in named:  # train.py says all options; so it was before there was this one
+        meta["options"] = [*meta["options"], "unit=1"]
     return content
 
 

@@ -118,7 +118,7 @@ class RationalFunction(torch.autograd.Function):
     each; `compiled` says when.
     """
 
-    generate_vmap_rule = True  # many tenants at once (tenants.py): all of it are functions that vmap knows
+    generate_vmap_rule = True  # many tenants at once (tenants.py)
 
     @staticmethod
     def forward(x, a, b):
@@ -201,13 +201,14 @@ class Rational(nn.Module):
         super().__init__()
         a = [-0.00335156972, 0.5, 0.418830997, 0.125136917, 0.0158261704, 0.000717348636, 0.0]
         b = [0.0, 0.250273834, 0.0, 0.00143469727, 0.0]
-        self.register_buffer("units", float(unit) ** -torch.arange(7), persistent=False)
-        self.a = nn.Parameter(torch.tensor(a) / self.units)
-        self.b = nn.Parameter(torch.tensor(b) / self.units[1:6])
+        self.a = nn.Parameter(torch.tensor([c * unit**j for j, c in enumerate(a)]))
+        self.b = nn.Parameter(torch.tensor([c * unit**i for i, c in enumerate(b, 1)]))
+        self.unit = unit
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """a (7,) and b (5,), those of powers of x."""
-        return self.a * self.units, self.b * self.units[1:6]
+        units = float(self.unit) ** -torch.arange(7, dtype=self.a.dtype, device=self.a.device)
+        return self.a * units, self.b * units[1:6]
 
     def forward(self, x: Tensor) -> Tensor:
         return RationalFunction.apply(x, *self.coefficients())
@@ -383,8 +384,8 @@ class IAPT(Tuner):
         return split_kv(self.prompt(l, x, instr), self.head_dim)
 
     def groups(self, lr: float) -> list[dict]:
-        # Adam moves every parameter by about lr a step, whatever its size: too far for coefficients that multiply x^6,
-        # not far enough for constants that start at 0.1 and have to end around 1.
+        # Adam moves every parameter by about lr a step, whatever its size: not far enough for constants that start at
+        # 0.1 and have to end around 1, and far for coefficients, each of which bends the curve for all that passes it.
         by_part = {part: [] for part in ("", *self.rates)}
         for name, p in self.named_parameters():
             by_part[next((part for part in self.rates if part in name.split(".")), "")].append(p)

@@ -541,6 +541,7 @@ def compiled_step(model: Decoder) -> Callable[[Tensor, Cache], Tensor]:
 
     inductor.freezing = True  # of graphs without gradients, as this is, alone; as an option it has no effect
     quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+    quiet = {key: value for key, value in quiet.items() if hasattr(inductor, key)}  # older PyTorch knows but one
     how = {"max_autotune": True, "triton.cudagraphs": model.wte.weight.is_cuda, **quiet}
     return torch.compile(model.step, fullgraph=True, options=how)
 

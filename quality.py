@@ -25,13 +25,14 @@ import torch
 from tqdm import tqdm
 
 import train
-from baselines import build
+from baselines import build, complete
 from checkpoint import claim, fill, load_tuner
 from data import read_json, replacing, template
 from iapt import Tuner
 from model import Config
 
-UNCENTRED = "unit=1 static_lr=20 pool=attention centre=0"  # Q not measured from its mean, and rates as they were then
+# IAPT before Q was measured from its mean, with the pooling, and the rates of constants and coefficients, of that time.
+UNCENTRED = "unit=1 static_lr=20 pool=attention centre=0"
 # A row of the comparison: the method, its options, the option that sets its size and the most we give it.
 ROWS = {
     "iapt": ("iapt", "", "m", 10**6),
@@ -295,7 +296,8 @@ class Quality:
     def argv(self, name: str, lr: float, seed: int) -> list[str]:
         """The options of train.py for one run."""
         method, (options, _) = ROWS[name][0], self.sizes[name]
-        given = ["-o", *options] if options else []
+        every = complete(method, options)  # spelled out, lest a run from before a default changed be taken for this one
+        given = ["-o", *every] if every else []
         return [*self.args.rest, "--method", method, "--seed", str(seed), "--lr", repr(lr), *given]
 
     def trained(self, name: str, lr: float, seed: int) -> dict:

@@ -7,7 +7,7 @@
 
 Methods, and numbers of soft tokens, may differ from row to row.  A tenant of a prompt method is asked once, when the
 prompts are read; after that its soft tokens are entries of the cache, and a decode step asks nobody.  Tenants of IAPT
-with the same options are asked together, in one call a layer, however many they are (`Alike`).
+with the same options, and as many rows each, are asked together, in one call a layer (`Alike`).
 A tenant with hooks (LoRA, adapters) works at every step, on its own rows: that is the difference which the IAPT paper
 is about, and `python bench.py serve` measures it.
 """
@@ -50,7 +50,7 @@ class Tenants(Tuner):
     def attach(self, model: Decoder):
         """Tenants of IAPT, and of LoRA, that are alike in all but their weights act together, other hooks row by row.
 
-        The weights are those of this moment.
+        The weights are those of this moment, copies: training, and moving to another device, come before.
         """
         groups = {}
         for rows, tuner in self.one_by_one():  # alike in the number of their rows, too: those are stacked
@@ -154,20 +154,20 @@ def together(given: list[tuple], x: Tensor, keep: bool) -> tuple[Tensor, Tensor,
 
 
 class Alike(Tuner):
-    """N tenants of IAPT, equal in all but their weights, asked as one: of N R rows, row i is that of tenant i // R.
+    """N tenants of IAPT, of one `form`, asked as one: of N R rows, row i is that of tenant i // R.
 
-    Their parameters are stacked, and `vmap` makes one tenant's computation that of all: as many kernels as for one.
+    Their weights are stacked (copies: training is not meant), and `vmap` makes one tenant's computation that of all, in
+    as many kernels.
     """
 
     def __init__(self, tuners: list[IAPT]):
         super().__init__()
         self.apart, self.ask = tuners[0].apart, Ask(tuners[0])
-        parameters, buffers = stack_module_state([Ask(tuner) for tuner in tuners])
-        self.N, self.weights = len(tuners), parameters | buffers  # copies, {name: (N, ..)}
+        self.N, (self.weights, _) = len(tuners), stack_module_state([Ask(tuner) for tuner in tuners])  # {name: (N, ..)}
 
     def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor, None]:
         def one(weights, x, instr):
-            # tie_weights would replace the weights of a module that layers share several times, and put them back once.
+            # tie_weights would replace the weights of a module that layers share once for each of them, and leave them.
             return functional_call(self.ask, weights, (block, l, x, instr), tie_weights=False)
 
         k, v = vmap(one)(self.weights, x.unflatten(0, (self.N, -1)), instr.unflatten(0, (self.N, -1)))
@@ -186,10 +186,10 @@ class Ask(nn.Module):
 
 
 def form(tuner: Tuner) -> str:
-    """All that makes a tuner but the values of its parameters: where this is equal, so are options and shapes."""
-    shapes = [(name, p.shape) for name, p in tuner.named_parameters()]
+    """All that its soft tokens depend on but the values of its parameters, as a text to compare."""
+    shapes = [(name, p.shape, p.dtype, p.requires_grad) for name, p in tuner.named_parameters()]
     given = [
-        (name, type(m), {key: value for key, value in vars(m).items() if key[0] != "_"})
+        (name, type(m), {key: value for key, value in vars(m).items() if key[0] != "_" and key != "rates"})
         for name, m in tuner.named_modules()
     ]
     return repr((shapes, given))

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from conftest import right_padded, shake, small_model, small_tuner
 
 import iapt
-from baselines import PTuning2
+from baselines import PTuning2, build, complete
+from checkpoint import fill, load_tuner, save_tuner
 from iapt import IAPT, POOLS, Centre, Rational, RationalFunction, last_pool, mean_pool
 from model import Config, places
 
@@ -66,12 +67,23 @@ def test_the_same_step_of_any_coefficient_bends_the_curve_by_no_more_than_that_w
                 c[j] -= step
 
 
+def test_a_checkpoint_from_before_coefficients_had_a_unit_is_the_same_function(model, tmp_path):
+    tuner = small_tuner("iapt", model, ["unit=1"])
+    options = [o for o in complete("iapt", ["unit=1"]) if not o.startswith("unit")]
+    save_tuner(tmp_path / "t.pt", tuner, {"method": "iapt", "options": options, "init": "", "base": ""})
+    content = load_tuner(tmp_path / "t.pt")
+    loaded = build("iapt", model.config, content["meta"]["options"])
+    fill(loaded, content, "t.pt")
+    idx, instr = right_padded([9, 5], 9)
+    assert torch.equal(model(idx, instr, loaded), model(idx, instr, tuner))
+
+
 def test_only_x_and_the_coefficients_are_kept_for_the_backward_pass():
     kept = []
     x, r = torch.randn(1000, requires_grad=True), Rational()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         r(x)
-    assert sum(kept) == 1000 + 12 + 12  # the coefficients, and the units in which they learn
+    assert sum(kept) == 1000 + 12 + 12  # the coefficients, and their units
 
 
 def gradients_of(x, r, g):

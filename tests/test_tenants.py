@@ -17,9 +17,11 @@ MIXED = [
     ("lora", "r=2"), ("lora", "r=5 alpha=8"), ("lora", "on=k,o,up"), ("adapter", ""),
 ]  # fmt: skip
 ALIKE = [
-    ("iapt", "m=3"), ("iapt", "m=3 unit=2"), ("iapt", "m=3 activation=gelu"), ("iapt", "m=3 activation=tanh"),
+    ("iapt", "m=3"), ("iapt", "m=3"), ("iapt", "m=3 activation=gelu"), ("iapt", "m=3 activation=tanh"),
     ("iapt", "space=hidden norm=0 one_act=1"), ("iapt", "space=hidden norm=0 one_act=1"),
-    ("iapt", "share=1 static=0 beside=0 apart=0"), ("iapt", "share=1 static=0 beside=0 apart=0"),
+    ("iapt", "share=1 static=0 beside=0 apart=0"), ("iapt", "share=1 static=0 beside=0 apart=0 static_lr=3"),
+    ("iapt", "m=4"), ("iapt", "m=4 norm=0"), ("iapt", "m=4 pool=attention"), ("iapt", "m=4 apart=0"),
+    ("iapt", "m=4 unit=2"), ("iapt", "m=4"),
 ]  # fmt: skip
 
 
@@ -63,10 +65,21 @@ def test_a_mixed_batch_equals_one_tenant_at_a_time(model, mixed):
 def test_tenants_of_iapt_are_asked_together_if_nothing_but_their_weights_differs(model):
     tuners = [tenant(*given, model, seed) for seed, given in enumerate(ALIKE)]
     tenants = Tenants(tuners, [*range(len(tuners)), -1, 0, 1])
+    tuners[5].generators[0].down.weight.requires_grad_(False)
     tenants.attach(model)
-    assert sorted(rows for rows, _ in tenants.parts) == [[0, 9, 1, 10], [2], [3], [4, 5], [6, 7], [8]]
+    alone = [[2], [3], [4], [5], [9], [10], [11], [12], [14]]
+    assert sorted(rows for rows, _ in tenants.parts) == sorted([[0, 15, 1, 16], [6, 7], [8, 13], *alone])
     tenants.detach()
     assert [tuner for _, tuner in tenants.parts] == [None, *tuners]
+
+
+def test_tenants_with_different_numbers_of_rows_keep_their_own(model):
+    a, b = (tenant("iapt", "m=3", model, seed) for seed in range(2))
+    idx, instr = right_padded([5, 4, 3, 6], 6)
+    tenants = Tenants([a, b], [0, 1, 1, 1])
+    tenants.attach(model)
+    wanted = torch.cat((model(idx[:1], instr[:1], a), model(idx[1:], instr[1:], b)))
+    torch.testing.assert_close(model(idx, instr, tenants), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_row_without_soft_tokens_apart_sees_zeros_and_no_row_a_mask_that_hides_nothing(model):
@@ -79,9 +92,10 @@ def test_a_row_without_soft_tokens_apart_sees_zeros_and_no_row_a_mask_that_hides
     assert Tenants([a, a], [0, 1, 1]).slots(model.h[0], 0, x, instr)[1][2] is None
 
 
+@pytest.mark.parametrize("mixed", [MIXED, ALIKE], ids=["all", "alike"])
 @pytest.mark.parametrize("how", [dict(), dict(beams=3)], ids=["greedy", "beams"])
-def test_a_mixed_batch_is_continued_as_each_row_alone(model, how):
-    tuners = [tenant(*given, model, seed) for seed, given in enumerate(MIXED)]
+def test_a_mixed_batch_is_continued_as_each_row_alone(model, how, mixed):
+    tuners = [tenant(*given, model, seed) for seed, given in enumerate(mixed)]
     who = [*range(len(tuners)), -1, 2]
     prompts = [torch.randint(1, 50, (3 + i % 4,)).tolist() for i in range(len(who))]
     tenants = Tenants(tuners, who)
