@@ -122,12 +122,15 @@ class Inputs(TorchDispatchMode):
 
 
 def test_a_decode_step_reads_no_tensor_of_a_prompt_tenant_but_those_of_lora(model):
-    for given, reads in ((MIXED[:4], False), (MIXED[6:8], True)):
+    for given, reads in ((MIXED[:4], False), (ALIKE[:2], False), (MIXED[6:8], True)):
         tuners = [tenant(*one, model, seed) for seed, one in enumerate(given)]
         tenants = Tenants(tuners, range(len(tuners)))
         tenants.attach(model)
         own = {p.untyped_storage().data_ptr() for p in tenants.parameters()}
         own |= {m.untyped_storage().data_ptr() for hooked in tenants.hooked for m in getattr(hooked, "A", [])}
+        stacked = [w for _, part in tenants.parts for w in getattr(part, "weights", {}).values()]
+        own |= {w.untyped_storage().data_ptr() for w in stacked}
+        assert bool(stacked) == (given == ALIKE[:2])
         idx = torch.ones(len(tuners), 4, dtype=torch.long)
         logits, cache = model.prefill(idx, torch.full((len(tuners),), 4), tenants, room=2)
         with Inputs() as inputs:
