@@ -11,6 +11,7 @@ from test_train import SMALL, rows  # noqa: F401  (a fixture)
 import bench
 import quality
 import train
+from baselines import complete
 from data import read_json
 from model import Config
 
@@ -43,6 +44,12 @@ def test_the_search_climbs_to_the_best_rate_and_the_rates_beside_it(best):
     found = runs.search("iapt")
     lowest = min(found, key=found.get)
     assert lowest == pytest.approx(best) and min(found) < lowest < max(found)
+
+
+def test_a_run_says_all_its_options_so_that_none_from_before_a_default_changed_is_taken_for_it():
+    comparison = SimpleNamespace(args=SimpleNamespace(rest=["--steps", "3"]), sizes={"iapt": (["m=9"], 1)})
+    argv = quality.Quality.argv(comparison, "iapt", 1e-3, 0)
+    assert train.parse(argv).o == complete("iapt", ["m=9"]) and len(train.parse(argv).o) > 10
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"rows": [3]}'])
