@@ -57,7 +57,7 @@ class PTuning2(Tuner):
 class Static(Tuner):
     """P learned hidden states at every layer, which pass through its own norm and projections.  C P L parameters.
 
-    With P=4 this is IAPT with space=hidden beside=0 apart=0, without its generator.
+    With P=4 this is IAPT with space=hidden static=1 apart=0, without its generator.
     """
 
     lr = 5e-2

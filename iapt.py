@@ -13,8 +13,9 @@ It is done once, when the prompt is read.  After that the soft tokens are entrie
 token costs hardly more than it costs the frozen model.
 
 Four things are ours (EXPERIMENTS.md says what they are worth): S are keys and values, not hidden states; tokens attend
-to them in a softmax of their own, and add what they find to what they find among the words; a learned constant stands
-under each S, and eight more beside them; and Q is measured from its mean over all instructions.
+to them in a softmax of their own, and add what they find to what they find among the words; three learned constants
+stand under each S, so that it is three soft tokens, alike in what is generated; and Q is measured from its mean over
+all instructions.
 
 What follows: the interface that IAPT shares with every other method (Tuner), the activation (RationalFunction,
 Rational), the pooling, a layer's generator, IAPT.  Letters for shapes are those of model.py: B batch, T tokens, P soft
@@ -330,7 +331,8 @@ class IAPT(Tuner):
                      square; the 'mean' or 'last' token, one for all P of them; or 'none', a control: every
                      instruction gets what the average one would
         space        what it writes: 'kv', keys and values; 'hidden', states that pass the layer's norm, k and v
-        static       add a learned constant; the up-projection starts at zero, so training starts at a static prompt
+        static       so many learned constants stand under what is generated for a soft token, which then is so many
+                     soft tokens; the up-projection starts at zero, so training starts at a static prompt.  0: none
         beside       so many more soft tokens that are constants alone, the same for every instruction
         apart        tokens attend to the soft tokens in a softmax of their own, and add what they find there
         centre       subtract from Q its mean over all instructions, which is learned on the way
@@ -338,20 +340,20 @@ class IAPT(Tuner):
         static_lr    learning rate of the constants, of --lr
         act_lr       learning rate of the coefficients, of --lr
 
-    The paper's form is, so far as we know, share=1 pool=attention unit=1 space=hidden static=0 centre=0 norm=0
-    beside=0 apart=0.  There a soft token has the length that the frozen norm gives it: its key cannot grow to draw
-    attention, nor its value to matter; and what attention it gets, the words lose.  The README measures that.
+    The paper's form is, so far as we know, share=1 pool=attention unit=1 space=hidden static=0 centre=0 norm=0 apart=0.
+    There a soft token has the length that the frozen norm gives it: its key cannot grow to draw attention, nor its
+    value to matter; and what attention it gets, the words lose.  The README measures that.
 
     Trainable: C m + m out, once or for every `share` layers; L (m P + 12), and L m P with the centre; and
-    L (P + beside) out constants, L beside out without the static part.  out is C in 'hidden', 2 G D in 'kv'.
+    L (static P + beside) out constants.  out is C in 'hidden', 2 G D in 'kv'.
     """
 
     lr = 1.25e-3
 
     def __init__(
         self, config: Config, P: int = 4, m: Count = 0, share: Count = 0, activation: Activation = "rational",
-        unit: int = 4, one_act: bool = False, pool: Pool = "normed", space: Space = "kv", static: bool = True,
-        centre: bool = True, norm: bool = True, beside: Count = 8, apart: bool = True, static_lr: float = 40.0,
+        unit: int = 4, one_act: bool = False, pool: Pool = "normed", space: Space = "kv", static: Count = 3,
+        centre: bool = True, norm: bool = True, beside: Count = 0, apart: bool = True, static_lr: float = 40.0,
         act_lr: float = 0.2,
     ):  # fmt: skip
         super().__init__()
@@ -368,15 +370,15 @@ class IAPT(Tuner):
             acts = acts[:1] * L
         owned = [(down[l // share], up[l // share], acts[l]) for l in range(L)]
         self.generators = nn.ModuleList(Generator(*parts, P, pool, centre, norm) for parts in owned)
-        self.beside, constants = beside, beside + P * static
+        self.beside, self.copies, constants = beside, max(1, static), beside + P * static
         self.static = nn.ParameterList(torch.randn(constants, out) * 0.1 for _ in range(L if constants else 0))
 
     def prompt(self, l: int, x: Tensor, instr: Tensor) -> Tensor:
-        s = self.generators[l](x, instr)  # (B, P, out)
+        s = self.generators[l](x, instr).repeat(1, self.copies, 1)  # (B, copies P, out)
         if not len(self.static):
             return s
         s, constants = F.pad(s, (0, 0, self.beside, 0)), self.static[l]
-        return s + F.pad(constants, (0, 0, 0, s.shape[1] - len(constants)))  # (B, beside + P, out)
+        return s + F.pad(constants, (0, 0, 0, s.shape[1] - len(constants)))  # (B, beside + copies P, out)
 
     def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
         if self.space == "hidden":

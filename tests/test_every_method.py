@@ -15,12 +15,13 @@ from model import generate
 # Options beyond the defaults that the tests below should see too.
 VARIANTS = {
     "iapt": [
-        "share=1 pool=attention unit=1 space=hidden static=0 centre=0 norm=0 beside=0 apart=0",
+        "share=1 pool=attention unit=1 space=hidden static=0 centre=0 norm=0 apart=0",
         "apart=0 beside=2",
         "share=2 activation=gelu P=3",
         "pool=mean one_act=1",
         "pool=last beside=2",
         "beside=3 static=0",
+        "beside=2 static=1",
     ],
     "dynamic": ["length=1 pool=3", "position=task P=4", "position=before length=1"],
     "ptuning2": ["apart=1"],

@@ -152,11 +152,10 @@ def test_the_paper_s_form_has_the_parameter_count_from_which_it_was_inferred():
             m=320,
             pool="attention",
             space="hidden",
-            static=False,
+            static=0,
             centre=False,
             norm=False,
             share=1,
-            beside=0,
             apart=False,
         )
     assert sum(p.numel() for p in tuner.parameters()) == 32 * (2 * 4096 * 320 + 320 * 4 + 12) == 83_927_424
@@ -168,16 +167,26 @@ def test_it_starts_at_its_static_part(model, space):
     tuner = IAPT(model.config, space=space)
     x, instr = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
     assert torch.equal(tuner.prompt(1, x, instr)[0], tuner.static[1])
+    assert len(tuner.static[1].unique(dim=0)) == 12
     shake(tuner)
     assert not torch.equal(*tuner.prompt(1, x, instr))
 
 
-@pytest.mark.parametrize("static", [0, 1])
+def test_what_is_generated_for_a_soft_token_is_added_to_each_of_its_constants(model):
+    tuner = shake(IAPT(model.config, P=2, static=3))
+    x, instr = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
+    s, generated = tuner.prompt(1, x, instr), tuner.generators[1](x, instr)
+    assert generated.shape[1] == 2 and s.shape[1] == 6 and not torch.allclose(generated[:, 0], generated[:, 1])
+    added = s - tuner.static[1]
+    assert torch.allclose(added, torch.cat([generated] * 3, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("static", [0, 1, 2])
 def test_soft_tokens_beside_the_generated_ones_are_the_same_for_every_instruction(model, static):
-    tuner = shake(IAPT(model.config, beside=3, static=bool(static)))
+    tuner = shake(IAPT(model.config, beside=3, static=static))
     x, instr = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
     s = tuner.prompt(1, x, instr)
-    assert s.shape[:2] == (2, 3 + 4)
+    assert s.shape[:2] == (2, 3 + 4 * max(1, static))
     assert torch.equal(s[0, :3], s[1, :3]) and torch.equal(s[0, :3], tuner.static[1][:3])
     assert not (s[0, 3:] == s[1, 3:]).any()
 
@@ -197,7 +206,7 @@ def test_prepending_soft_tokens_and_discarding_them_equals_extra_keys_and_values
     """At a layer, soft tokens stand before the input, are transformed with it and dropped: only their keys and values
     act.
     """
-    tuner = small_tuner("iapt", model, ["space=hidden", "apart=0", "beside=0"])
+    tuner = small_tuner("iapt", model, ["space=hidden", "apart=0", "static=1"])
     idx, instr = right_padded([9, 9], 9)
     x, rope = model.embed(idx, torch.arange(9))
     position = torch.tensor([0, 0, 0, 0, *range(9)])  # soft tokens at position 0, the others at their own

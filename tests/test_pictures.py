@@ -50,7 +50,7 @@ def test_what_attention_finds_where_nothing_differs_is_of_soft_tokens_by_their_n
             if linear.bias is not None:
                 torch.nn.init.zeros_(linear.bias)
         block.attn.v.bias = torch.nn.Parameter(torch.ones(block.attn.v.out_features))
-    tuner = build("iapt", model.config, ["P=3", "space=hidden", "beside=0", f"apart={apart}"])
+    tuner = build("iapt", model.config, ["P=3", "space=hidden", "static=1", f"apart={apart}"])
     idx, t = torch.randint(10, 50, (2, 9)), torch.arange(9)
     targets = torch.where(t[None] >= torch.tensor([[4], [6]]), idx, -1)
     before = model(idx, t[None] < 4, tuner)

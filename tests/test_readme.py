@@ -38,7 +38,7 @@ def test_the_idea_in_ten_lines_is_what_iapt_computes():
     names = {"torch": torch}
     exec(block("def soft_tokens"), names)
     config = Config(vocab_size=10, n_embd=32, n_head=4, n_layer=1)
-    tuner = shake(IAPT(config, pool="attention", space="hidden", static=False, centre=False, norm=False, beside=0))
+    tuner = shake(IAPT(config, pool="attention", space="hidden", static=0, centre=False, norm=False))
     x, instr, g = torch.randn(1, 7, 32), torch.arange(7)[None] < 4, tuner.generators[0]
     matrices = g.down.weight.T, g.w_sa, *g.act.coefficients(), g.up.weight.T
     torch.testing.assert_close(names["soft_tokens"](x[0], instr[0], *matrices), tuner.prompt(0, x, instr)[0])

@@ -19,7 +19,7 @@ MIXED = [
 ALIKE = [
     ("iapt", "m=3"), ("iapt", "m=3"), ("iapt", "m=3 activation=gelu"), ("iapt", "m=3 activation=tanh"),
     ("iapt", "space=hidden norm=0 one_act=1"), ("iapt", "space=hidden norm=0 one_act=1"),
-    ("iapt", "share=1 static=0 beside=0 apart=0"), ("iapt", "share=1 static=0 beside=0 apart=0 static_lr=3"),
+    ("iapt", "share=1 static=0 apart=0"), ("iapt", "share=1 static=0 apart=0 static_lr=3"),
     ("iapt", "m=4"), ("iapt", "m=4 norm=0"), ("iapt", "m=4 pool=attention"), ("iapt", "m=4 apart=0"),
     ("iapt", "m=4 unit=2"), ("iapt", "m=4"),
 ]  # fmt: skip

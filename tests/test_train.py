@@ -183,7 +183,7 @@ def test_a_checkpoint_is_opened_as_it_was_made_even_where_a_default_has_changed(
     Other.__signature__ = inspect.Signature([p.replace(default=others.get(p.name, p.default)) for p in arguments])
     monkeypatch.setitem(METHODS, "iapt", Other)
     _, _, (tuner,) = sample.open_checkpoints([trained])
-    assert (tuner.generators[0].P, tuner.beside, tuner.space) == (4, 8, "kv")
+    assert (tuner.generators[0].P, tuner.beside, tuner.space) == (4, 0, "kv")
     assert build("iapt", Config(vocab_size=9, n_layer=1, n_head=2, n_embd=16)).beside == 1
 
 
@@ -266,7 +266,7 @@ def test_answers_that_are_label_words_are_scored_by_accuracy_among_them(tmp_path
         (2, train, ["-o", "P=four"], "option P takes a number, got 'four'"),
         (2, train, ["-o", "P=0"], "option P must be at least 1, got 0"),
         (2, train, ["-o", "space=air"], "space can be kv, hidden; got 'air'"),
-        (2, train, ["-o", "static=maybe"], "static takes 0 or 1, got 'maybe'"),
+        (2, train, ["-o", "norm=maybe"], "norm takes 0 or 1, got 'maybe'"),
         (1, train, ["--init", "nowhere"], "no model at nowhere"),
         (1, train, ["--data", "nowhere"], "no data at nowhere"),
         (1, train, ["--init", "tests"], "no tests/config.json"),
