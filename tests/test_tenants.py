@@ -21,7 +21,7 @@ ALIKE = [
     ("iapt", "space=hidden norm=0 one_act=1"), ("iapt", "space=hidden norm=0 one_act=1"),
     ("iapt", "share=1 static=0 apart=0"), ("iapt", "share=1 static=0 apart=0 static_lr=3"),
     ("iapt", "m=4"), ("iapt", "m=4 norm=0"), ("iapt", "m=4 pool=attention"), ("iapt", "m=4 apart=0"),
-    ("iapt", "m=4 unit=2"), ("iapt", "m=4"),
+    ("iapt", "m=4 unit=2"), ("iapt", "m=4"), ("iapt", "m=4 static=1 beside=8"),
 ]  # fmt: skip
 
 
@@ -67,8 +67,8 @@ def test_tenants_of_iapt_are_asked_together_if_nothing_but_their_weights_differs
     tenants = Tenants(tuners, [*range(len(tuners)), -1, 0, 1])
     tuners[5].generators[0].down.weight.requires_grad_(False)
     tenants.attach(model)
-    alone = [[2], [3], [4], [5], [9], [10], [11], [12], [14]]
-    assert sorted(rows for rows, _ in tenants.parts) == sorted([[0, 15, 1, 16], [6, 7], [8, 13], *alone])
+    alone = [[2], [3], [4], [5], [9], [10], [11], [12], [14], [15]]
+    assert sorted(rows for rows, _ in tenants.parts) == sorted([[0, 16, 1, 17], [6, 7], [8, 13], *alone])
     tenants.detach()
     assert [tuner for _, tuner in tenants.parts] == [None, *tuners]
 
