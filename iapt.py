@@ -332,7 +332,8 @@ class IAPT(Tuner):
                      instruction gets what the average one would
         space        what it writes: 'kv', keys and values; 'hidden', states that pass the layer's norm, k and v
         static       so many learned constants stand under what is generated for a soft token, which then is so many
-                     soft tokens; the up-projection starts at zero, so training starts at a static prompt.  0: none
+                     soft tokens; the up-projection starts at zero, so training starts at a static prompt.
+                     0: no constant, one soft token
         beside       so many more soft tokens that are constants alone, the same for every instruction
         apart        tokens attend to the soft tokens in a softmax of their own, and add what they find there
         centre       subtract from Q its mean over all instructions, which is learned on the way
@@ -344,8 +345,8 @@ class IAPT(Tuner):
     There a soft token has the length that the frozen norm gives it: its key cannot grow to draw attention, nor its
     value to matter; and what attention it gets, the words lose.  The README measures that.
 
-    Trainable: C m + m out, once or for every `share` layers; L (m P + 12), and L m P with the centre; and
-    L (static P + beside) out constants.  out is C in 'hidden', 2 G D in 'kv'.
+    Trainable: C m + m out, once or for every `share` layers; L (m P + 12), and L m P with the centre (pools without
+    W_sa: L 12, and L m); and L (static P + beside) out constants.  out is C in 'hidden', 2 G D in 'kv'.
     """
 
     lr = 1.25e-3

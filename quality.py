@@ -31,7 +31,7 @@ from data import read_json, replacing, template
 from iapt import Tuner
 from model import Config
 
-# IAPT before Q was measured from its mean, with the pooling, and the rates of constants and coefficients, of that time.
+# IAPT before Q was measured from its mean, with the pooling, the constants, and the rates of that time.
 UNCENTRED = "unit=1 static_lr=20 static=1 pool=attention centre=0"
 # A row of the comparison: the method, its options, the option that sets its size and the most we give it.
 ROWS = {

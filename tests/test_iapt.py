@@ -172,13 +172,14 @@ def test_it_starts_at_its_static_part(model, space):
     assert not torch.equal(*tuner.prompt(1, x, instr))
 
 
-def test_what_is_generated_for_a_soft_token_is_added_to_each_of_its_constants(model):
-    tuner = shake(IAPT(model.config, P=2, static=3))
+@pytest.mark.parametrize("space", ["hidden", "kv"])
+def test_what_is_generated_for_a_soft_token_is_added_to_each_of_its_constants_and_to_nothing_beside(model, space):
+    tuner = shake(IAPT(model.config, P=2, static=3, beside=1, space=space))
     x, instr = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
     s, generated = tuner.prompt(1, x, instr), tuner.generators[1](x, instr)
-    assert generated.shape[1] == 2 and s.shape[1] == 6 and not torch.allclose(generated[:, 0], generated[:, 1])
+    assert generated.shape[1] == 2 and not torch.allclose(generated[:, 0], generated[:, 1])
     added = s - tuner.static[1]
-    assert torch.allclose(added, torch.cat([generated] * 3, 1), atol=1e-5)
+    assert torch.allclose(added, torch.cat([torch.zeros_like(generated[:, :1]), *[generated] * 3], 1), atol=1e-5)
 
 
 @pytest.mark.parametrize("static", [0, 1, 2])

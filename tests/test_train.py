@@ -281,6 +281,7 @@ def test_answers_that_are_label_words_are_scored_by_accuracy_among_them(tmp_path
         (2, train, ["--method", "lora", "-o", "r=0"], "lora's option r must be at least 1, got 0"),
         (2, train, ["--method", "lora", "-o", "on=q,w"], "takes some of q,k,v,o,gate,up,down, or all; got 'q,w'"),
         (2, train, ["-o", "m=-1"], "iapt's option m must be at least 0, got -1"),
+        (2, train, ["-o", "static=-1"], "iapt's option static must be at least 0, got -1"),
         (2, train, ["-o", "unit=0"], "iapt's option unit must be at least 1, got 0"),
         (2, train, ["-o", "act_lr=-1"], "iapt's option act_lr must be a finite number of 0 or more, got -1"),
         (2, train, ["-o", "static_lr=nan"], "iapt's option static_lr must be a finite number of 0 or more, got nan"),
