@@ -267,6 +267,7 @@ def test_answers_that_are_label_words_are_scored_by_accuracy_among_them(tmp_path
         (2, train, ["-o", "P=0"], "option P must be at least 1, got 0"),
         (2, train, ["-o", "space=air"], "space can be kv, hidden; got 'air'"),
         (2, train, ["-o", "norm=maybe"], "norm takes 0 or 1, got 'maybe'"),
+        (2, train, ["-o", "static=maybe"], "static takes a number, got 'maybe'"),
         (1, train, ["--init", "nowhere"], "no model at nowhere"),
         (1, train, ["--data", "nowhere"], "no data at nowhere"),
         (1, train, ["--init", "tests"], "no tests/config.json"),
