@@ -1,43 +1,31 @@
-"""The frozen decoder: GPT-2 and LLaMA in one class, with room for soft prompts.
+"""The frozen decoder, GPT-2 or LLaMA, and `Tuner`, what a method plugs into it.
 
 A map of this file, top to bottom:
 
-    Config       the sizes, and which of two variants each part takes
-    Rotary       rotary positions                        (LLaMA; GPT-2 learns its positions)
-    Attention    q, k, v, o, and the extra key/value slots that soft prompts occupy
-    GeluMLP, SwiGLU
-    Block        norm, attention, norm, MLP
+    Config       the sizes, and which of two variants each part has
+    Soft         the soft tokens of a layer: keys and values
+    rotary, Attention, MLP, Block
+    Tuner        the places at which a method may reach into the decoder; the defaults do nothing
     Cache        keys and values already computed, for decoding one token a step
     HeadLoss     the loss of a frozen head, without keeping its logits
     Decoder      embed -> blocks -> norm -> head;  forward, prefill, step
-    generate     text from prompts of different lengths, in one batch; search, its beam search; compiled_step
 
-The one thing a plain decoder lacks: before each block the decoder asks `tuner.slots(block, l, x, instr)` for more keys
-and values (see `Tuner` in iapt.py), and the block attends to them: among its own, or apart, in a softmax of their own.
-They are asked for when whole sequences are read; `step`, which writes one more token, takes no tuner: by then a prompt
-is nothing but entries of the cache.
-
-    >>> import torch
-    >>> model = Decoder(Config(vocab_size=100, block_size=32, n_layer=2, n_head=4, n_embd=64))
-    >>> model(torch.zeros(1, 5, dtype=torch.long)).shape
-    torch.Size([1, 5, 100])
+One thing is new beside a plain decoder: before each block, it asks the tuner for soft tokens to attend to, when a whole
+sequence is read.  `step` writes one more token, and takes no tuner: by then they are entries of the cache.
 
 Letters for shapes, here and everywhere: B rows of a batch, T tokens, P soft tokens, C n_embd, H heads, G key/value
-heads, D size of a head, V vocabulary, L layers.
+heads, D head size, V vocabulary, L layers.
 """
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-if TYPE_CHECKING:
-    from iapt import Tuner  # which imports this file
 
 
 @dataclass
@@ -48,8 +36,8 @@ class Config:
         'gpt2'    learned     LayerNorm   tanh-GELU    everywhere
         'llama'   rotary      RMSNorm     SwiGLU       where `attn_bias`, `mlp_bias` say so
 
-    `n_kv_head` < `n_head` is grouped-query attention.  Zeros mean: derive it (n_kv_head = n_head, head_dim = n_embd /
-    n_head, n_inner = 4 n_embd for GPT-2 and 8/3 n_embd, rounded up to a multiple of 32, for LLaMA).
+    Zeros are derived: n_kv_head = n_head (fewer: grouped-query attention), head_dim = n_embd / n_head, n_inner =
+    4 n_embd for GPT-2 and 8/3 n_embd, rounded up to a multiple of 32, for LLaMA.
     """
 
     vocab_size: int
@@ -74,67 +62,60 @@ class Config:
         if self.arch == "gpt2":
             self.attn_bias = self.mlp_bias = True
         self.n_kv_head = self.n_kv_head or self.n_head
-        divided = self.head_dim or self.n_head and self.n_embd % self.n_head == 0
-        self.head_dim = self.head_dim or self.n_embd // max(1, self.n_head)
-        self.n_inner = self.n_inner or (4 * self.n_embd if self.arch == "gpt2" else -(-self.n_embd * 8 // 96) * 32)
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "n_inner"):
-            if not (type(getattr(self, name)) is int and 0 < getattr(self, name) < 2**31):
-                raise ValueError(f"{name} must be a positive whole number, got {getattr(self, name)!r}")
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.arch == "llama" and self.head_dim % 2:
             raise ValueError(f"rotary positions turn pairs: head_dim must be even, got {self.head_dim}")
-        if not divided:
-            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
-        numbers = {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta, **(self.rope_scaling or {})}
-        numbers.pop("rope_type", None)
-        for name, x in numbers.items():
-            if type(x) not in (int, float) or not 0 < x < 1e12:
-                raise ValueError(f"{name} must be a positive number, got {x!r}")
-        for name in ("tied", "attn_bias", "mlp_bias"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        self.n_inner = self.n_inner or (4 * self.n_embd if self.arch == "gpt2" else -(-self.n_embd * 8 // 96) * 32)
 
 
-class Rotary(nn.Module):
-    """Angles of the rotary embedding: pos (..., T) -> cos, sin (..., 1, T, D), for `rotate` below.
+class Soft(NamedTuple):
+    """The soft tokens of a layer."""
 
-    Pair i of a head turns by pos * theta^(-2i/D); pairs are (i, i + D/2), as in the weights that the hub holds.
+    k: Tensor  # (B, G, P, D)
+    v: Tensor  # (B, G, P, D)
+    keep: Tensor | None = None  # (B, P), False where a row lacks one; None: every row has all P
+
+    def kept(self) -> Tensor:
+        """`keep`, spelled out: (B, P)."""
+        return torch.ones_like(self.k[:, 0, :, 0], dtype=torch.bool) if self.keep is None else self.keep
+
+    def join(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put them behind the keys and values (B, G, T, D) of tokens: two of (B, G, T + P, D)."""
+        return torch.cat((k, self.k.to(k.dtype)), 2), torch.cat((v, self.v.to(v.dtype)), 2)
+
+
+def rotary(c: Config, pos: Tensor) -> tuple[Tensor, Tensor]:
+    """Angles of the rotary embedding: pos (.., T) -> cos, sin (.., 1, T, D), for `rotate` below.
+
+    Pair i of a head turns by pos * theta^(-2i/D).  Pairs are (i, i + D/2), as in the weights on the hub.
     """
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.theta, self.head_dim, self.scaling = c.rope_theta, c.head_dim, c.rope_scaling
-
-    def forward(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        # In fp32 whatever the weights' dtype: bf16 has 8 bits, too few to tell positions apart.
-        freq = self.theta ** -(torch.arange(0, self.head_dim, 2, device=pos.device).float() / self.head_dim)
-        angle = pos[..., None].float() * (stretch(freq, **self.scaling) if self.scaling else freq)
-        angle = torch.cat((angle, angle), -1)[..., None, :, :]
-        return angle.cos(), angle.sin()
+    # In fp32 whatever the weights' dtype: bf16 has 8 bits, too few to tell positions apart.
+    freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=pos.device).float() / c.head_dim)
+    angle = pos[..., None].float() * (scale_frequencies(freq, **c.rope_scaling) if c.rope_scaling else freq)
+    angle = torch.cat((angle, angle), -1)[..., None, :, :]
+    return angle.cos(), angle.sin()
 
 
-def stretch(
-    freq: Tensor, rope_type: str, factor: float, low_freq_factor: float = 0, high_freq_factor: float = 0,
-    original_max_position_embeddings: int = 0,
-) -> Tensor:  # fmt: skip
-    """Frequencies (D/2,) for a context `factor` times longer.  'linear': all slower; 'llama3': the slow ones alone.
-
-    Llama 3.1 leaves frequencies that turn more than high_freq_factor times in the original context as they are, divides
-    those that turn less than low_freq_factor times, and goes over from one to the other in between.
-    """
+def scale_frequencies(freq: Tensor, rope_type: str, factor: float, **llama3) -> Tensor:
+    """Frequencies (D/2,) for a context `factor` times longer: 'linear' slows all of them, 'llama3' the slow ones."""
     if rope_type == "linear":
         return freq / factor
-    turns = original_max_position_embeddings * freq / (2 * torch.pi)
-    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    low, high = llama3["low_freq_factor"], llama3["high_freq_factor"]
+    turns = llama3["original_max_position_embeddings"] * freq / (2 * torch.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
     return kept * freq + (1 - kept) * freq / factor
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Turn q or k (B, heads, T, D) by the angles of their positions; with learned positions (rope None) leave them."""
+    """Turn q or k (B, heads, T, D) by the angles of their positions.  With learned positions rope is None."""
     if rope is None:
         return x
-    (cos, sin), (a, b) = rope, x.float().chunk(2, -1)
+    cos, sin = rope
+    a, b = x.float().chunk(2, -1)
     return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
 
 
@@ -143,7 +124,7 @@ class Attention(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
+        self.head_dim, self.grouped = c.head_dim, c.n_kv_head < c.n_head
         self.q = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=c.attn_bias)
         self.k = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.attn_bias)
         self.v = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.attn_bias)
@@ -154,46 +135,35 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of x (B, T, C) the queries (B, H, T, D) and keys (B, G, T, D), rotated, and the values (B, G, T, D)."""
+        """x (B, T, C) -> rotated queries (B, H, T, D) and keys (B, G, T, D), and values (B, G, T, D)."""
         return rotate(self.heads(self.q(x)), rope), rotate(self.heads(self.k(x)), rope), self.heads(self.v(x))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, apart: tuple | None = None) -> Tensor:
-        """What q (B, H, T, D) finds in k, v (B, G, S, D) where mask (.., T, S) is True (None: causally): (B, T, C).
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, separate: Soft | None) -> Tensor:
+        """Attention of q (B, H, T, D) to k, v (B, G, S, D) where mask (.., T, S) is True (None: causal): (B, T, C).
 
-        apart   (k, v, keep) of soft tokens with a softmax of their own; what q finds there is added
+        `separate` soft tokens get a softmax of their own, and what it finds is added.
         """
-        grouped = self.n_kv_head < self.n_head
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-        if apart is not None:
-            k, v, keep = apart
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        if separate is not None:
+            k, v, keep = separate.k.to(q.dtype), separate.v.to(q.dtype), separate.keep
             keep = None if keep is None else keep[:, None, None]  # (B, 1, 1, P)
-            y = y + F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=keep, enable_gqa=grouped)
+            y = y + F.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=self.grouped)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
-class GeluMLP(nn.Module):
-    """down(gelu(up x)), GPT-2's: (B, T, C) -> (B, T, C)."""
+class MLP(nn.Module):
+    """GPT-2's down(gelu(up x)), or LLaMA's down(silu(gate x) * up x): (B, T, C) -> (B, T, C)."""
 
     def __init__(self, c: Config):
         super().__init__()
+        self.gate = nn.Linear(c.n_embd, c.n_inner, bias=c.mlp_bias) if c.arch == "llama" else None
         self.up = nn.Linear(c.n_embd, c.n_inner, bias=c.mlp_bias)
         self.down = nn.Linear(c.n_inner, c.n_embd, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gate is not None:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
         return self.down(F.gelu(self.up(x), approximate="tanh"))  # GPT-2's weights were trained with the tanh form
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x), LLaMA's: (B, T, C) -> (B, T, C)."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.gate = nn.Linear(c.n_embd, c.n_inner, bias=c.mlp_bias)
-        self.up = nn.Linear(c.n_embd, c.n_inner, bias=c.mlp_bias)
-        self.down = nn.Linear(c.n_inner, c.n_embd, bias=c.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 def norm(c: Config) -> nn.Module:
@@ -202,129 +172,167 @@ def norm(c: Config) -> nn.Module:
 
 
 class Block(nn.Module):
-    """A layer: x + attention(norm(x)), and to that the same with the MLP."""
+    """x + attention(norm(x)), then the same with the MLP."""
 
     def __init__(self, c: Config):
         super().__init__()
         self.ln_1, self.attn = norm(c), Attention(c)
-        self.ln_2, self.mlp = norm(c), (GeluMLP if c.arch == "gpt2" else SwiGLU)(c)
+        self.ln_2, self.mlp = norm(c), MLP(c)
 
-    def soft_kv(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of soft tokens s (B, P, C) that stand before this block's input: two of (B, G, P, D).
+    def soft_kv(self, s: Tensor) -> Soft:
+        """Keys and values of soft tokens s (B, P, C) in front of this block's input."""
+        s = self.ln_1(s)  # at rotary position 0, where the rotation is the identity
+        return Soft(self.attn.heads(self.attn.k(s)), self.attn.heads(self.attn.v(s)))
 
-        They are at rotary position 0, where the rotation is the identity.
-        """
-        s = self.ln_1(s)
-        return self.attn.heads(self.attn.k(s)), self.attn.heads(self.attn.v(s))
+    def forward(self, x: Tensor, rope: tuple | None, mask: Tensor | None = None, joined: Soft | None = None,
+                separate: Soft | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """x (B, T, C) -> x (B, T, C) and its keys and values (B, G, T, D).
 
-    def forward(
-        self, x: Tensor, rope: tuple | None, slots: tuple | None = None, apart: tuple | None = None,
-        seen: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-        """x (B, T, C) -> x (B, T, C), and the keys and values it looked at, slots first.
-
-        slots   (k, v, keep): P more keys and values, and which of them a row has (B, P), or None for all; or None
-        apart   the same, for soft tokens with a softmax of their own
-        seen    (B, P + T), False where nobody may look, if there is such a place
+        Soft tokens that are `joined` share the tokens' softmax and follow them in mask (.., T, T + P).
         """
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
-        if slots is not None:
-            k, v = torch.cat((slots[0].to(k.dtype), k), 2), torch.cat((slots[1].to(v.dtype), v), 2)
-        plain = slots is None and seen is None
-        mask = None if plain else slot_mask(x.shape[1], k.shape[2], seen, x.device)
-        x = x + self.attn.mix(q, k, v, mask, apart)
-        return x + self.mlp(self.ln_2(x)), (k, v)
+        keys, values = (k, v) if joined is None else joined.join(k, v)
+        x = x + self.attn.mix(q, keys, values, mask, separate)
+        return x + self.mlp(self.ln_2(x)), k, v
 
-    def step(
-        self, x: Tensor, rope: tuple | None, k_cache: Tensor, v_cache: Tensor, mask: Tensor, at: Tensor,
-        apart: tuple | None = None,
-    ) -> Tensor:  # fmt: skip
-        """One token a row: x (B, 1, C) writes its key and value at `at` (B,) in the cache; looks where mask is True.
-
-        k_cache, v_cache (B, G, P + S, D), mask (B, 1, 1, P + S) and apart are a layer's part of a `Cache`.
-        """
+    def step(self, x: Tensor, rope: tuple | None, cached: "CachedLayer", at: Tensor) -> Tensor:
+        """One token a row: x (B, 1, C) -> (B, 1, C).  Writes its key and value at index `at` (B,) of the cache."""
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
         rows = torch.arange(len(x), device=x.device)
-        k_cache[rows, :, at], v_cache[rows, :, at], mask[rows, :, :, at] = k[:, :, 0], v[:, :, 0], True
-        x = x + self.attn.mix(q, k_cache, v_cache, mask, apart)
+        cached.k[rows, :, at] = k[:, :, 0]
+        cached.v[rows, :, at] = v[:, :, 0]
+        cached.mask[rows, :, :, at] = True
+        x = x + self.attn.mix(q, *cached)
         return x + self.mlp(self.ln_2(x))
 
 
-def slot_mask(T: int, S: int, seen: Tensor | None, device: torch.device) -> Tensor:
-    """(.., T, S): every token sees the S - T slots and, causally, the tokens; of these what `seen` (B, S) lets it see.
+def attention_mask(x: Tensor, visible: Tensor | None, joined: Soft | None) -> Tensor | None:
+    """(.., T, T + P), True where token t of x (B, T, C) may look: at visible tokens up to t, and at P soft tokens."""
+    if visible is None and joined is None:
+        return None  # plain causal attention
+    T, P = x.shape[1], 0 if joined is None else joined.k.shape[2]
+    mask = torch.ones(T, T + P, dtype=torch.bool, device=x.device).tril()
+    mask[:, T:] = True
+    if visible is None and joined.keep is None:
+        return mask
+    seen = mask.new_ones(len(x), T) if visible is None else visible
+    seen = seen if joined is None else torch.cat((seen, joined.kept()), 1)
+    itself = torch.eye(T, T + P, dtype=torch.bool, device=x.device)  # a softmax over nothing is nan
+    return mask & seen[:, None, None] | itself
 
-    Not `is_causal=True`: with slots in front the score matrix is not square, and its diagonal not the tokens'.
+
+class Embedded(NamedTuple):
+    """Embeddings x (B, T', C) with soft tokens among them."""
+
+    x: Tensor
+    at: Tensor | None = None  # (B, T): where the tokens went; None: nothing was added
+    visible: Tensor | None = None  # (B, T'): False on soft tokens that nobody may see; None: there are none
+
+
+class Tuner(nn.Module):
+    """A way to tune a frozen decoder.  Override what you need: the defaults do nothing.
+
+    The decoder hands over hidden states x (B, T, C) and instr (B, T), True on the instruction.  Read nothing else: the
+    rest is padding and the response, and a prompt that has seen the response has seen the labels.  Keep nothing
+    between calls, so that nothing stale survives a step.
     """
-    causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
-    if seen is None:
-        return causal
-    itself = causal.triu(S - T)  # a token that nobody may see still sees itself: a softmax over nothing is nan
-    return (causal & seen[:, None, None, :]) | itself
 
+    lr = 1e-2  # the default of train.py's --lr
+    separate = False  # whether its soft tokens get a softmax of their own, whose result is added
 
-def places(slots: tuple | None, keep: Tensor | None, x: Tensor) -> Tensor | None:
-    """(B, P + T): False where nobody may look, among P slots and T tokens x; None if there is no such place.
+    def start(self, model: "Decoder"):
+        """Once, before training: set parameters that start from the frozen model's own."""
 
-    keep (B, T) says it for the tokens, the third of `slots` for the slots; None: all may be looked at.
-    """
-    some = None if slots is None else slots[2]
-    if some is None and keep is None:
+    def attach(self, model: "Decoder"):
+        """Before training or use: put hooks on the frozen model's modules."""
+
+    def detach(self):
+        """Leave the model as `attach` found it."""
+
+    def progress(self, done: float):
+        """Before each training step: the share of training that is over, 0 to 1, for what anneals."""
+
+    def embed(self, x: Tensor, instr: Tensor) -> Embedded:
+        """Once a sequence: embeddings x (B, T, C) with T' - T soft tokens among each row's, before its padding."""
+        return Embedded(x)
+
+    def prompt(self, l: int, x: Tensor, instr: Tensor) -> Tensor | None:
+        """Once a layer: the hidden states x (B, T, C) that enter layer l -> its soft tokens (B, P, C), or None."""
         return None
-    B, P, T = len(x), 0 if slots is None else slots[0].shape[2], x.shape[1]
-    every = torch.ones(B, P + T, dtype=torch.bool, device=x.device)
-    return torch.cat((every[:, :P] if some is None else some, every[:, P:] if keep is None else keep), 1)
+
+    def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft | None:
+        """Once a layer: its soft tokens as keys and values.  Nothing else of them acts: the next layer has its own."""
+        s = self.prompt(l, x, instr)
+        return None if s is None else block.soft_kv(s.to(x.dtype))
+
+    def soft(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Soft | None, Soft | None]:
+        """Once a layer: its soft tokens that are joined with the tokens, and those that are separate."""
+        soft = self.kv(block, l, x, instr)
+        return (None, soft) if self.separate else (soft, None)
+
+    def groups(self, lr: float) -> list[dict]:
+        """Parameter groups for the optimizer, where some parameters want another rate than lr."""
+        return [{"params": list(self.parameters()), "lr": lr}]
+
+
+NO_TUNER = Tuner()  # the frozen model alone
+
+
+def split_kv(s: Tensor, head_dim: int) -> Soft:
+    """(B, P, 2 G D) -> keys and values (B, G, P, D)."""
+    k, v = s.unflatten(-1, (2, -1, head_dim)).permute(2, 0, 3, 1, 4)
+    return Soft(k, v)
+
+
+class CachedLayer(NamedTuple):
+    """A layer's part of a `Cache`: S tokens, then the P soft tokens joined with them."""
+
+    k: Tensor  # (B, G, S + P, D)
+    v: Tensor  # (B, G, S + P, D)
+    mask: Tensor  # (B, 1, 1, S + P), True where the next token may look
+    separate: Soft | None
 
 
 class Cache:
-    """What `prefill` leaves for `step`: where each row's slots and tokens are, and how many.
+    """Keys and values of right-padded prompts, with `room` for more tokens: what `prefill` leaves for `step`.
 
-        layers   of each layer (k, v, mask, apart)
-                 k, v    (B, G, P + S, D)   P slots, then the prompt of T tokens and room for more, S in all
-                 mask    (B, 1, 1, P + S)   what may be looked at
-                 apart   the soft tokens with a softmax of their own, (k, v, keep) or None
-        at       (B,)   index at which a row's next token will be written
-        pos      (B,)   its position
-
-    Prompts are right-padded and each row goes on at its own length, over its own padding: so prompts of different
-    lengths decode together.  The shapes never change, so a decode step can be compiled once.  (Each layer has tensors
-    of its own: if all were parts of one, a compiled step would copy all of it to write one token.)
+    Each row goes on at its own length, over its own padding, so prompts of different lengths decode together.  Shapes
+    never change, so a decode step is compiled once.
     """
 
-    def __init__(self, layers: list[tuple], T: int, length: Tensor, pos: Tensor, room: int):
-        most = max(P for _, _, P, _, _ in layers)
+    def __init__(self, length: Tensor, room: int):
+        self.room, self.layers = room, []
+        self.at, self.pos = length.clone(), length.clone()  # (B,): where a row's next token goes, and its position
 
-        def fill(x):  # layers may have fewer slots than others, or none: padded in front, and masked
-            return F.pad(x, (0, 0, most + T - x.shape[2], room))
+    def append(self, k: Tensor, v: Tensor, visible: Tensor | None, joined: Soft | None, separate: Soft | None):
+        """Add a layer's keys and values (B, G, T, D); visible (B, T) as in `attention_mask`."""
+        k, v = F.pad(k, (0, 0, 0, self.room)), F.pad(v, (0, 0, 0, self.room))
+        mask = torch.arange(k.shape[2], device=k.device) < self.at[:, None]
+        mask = mask if visible is None else mask & F.pad(visible, (0, self.room))
+        if joined is not None:
+            k, v = joined.join(k, v)
+            mask = torch.cat((mask, joined.kept()), 1)
+        if separate is not None:
+            separate = Soft(separate.k.to(k.dtype), separate.v.to(v.dtype), separate.keep)
+        self.layers.append(CachedLayer(k, v, mask[:, None, None], separate))
 
-        def visible(P, seen):
-            seen = torch.ones(len(length), P + T, dtype=torch.bool, device=length.device) if seen is None else seen
-            return (F.pad(seen, (most - P, room)) & tokens)[:, None, None]
-
-        tokens = F.pad(torch.arange(T + room, device=length.device) < length[:, None], (most, 0), value=True)
-        self.layers = []
-        for k, v, P, seen, apart in layers:
-            if apart is not None:
-                apart = (apart[0].to(k.dtype), apart[1].to(k.dtype), apart[2])
-            self.layers.append((fill(k), fill(v), visible(P, seen), apart))
-        self.at, self.pos = most + length, pos.clone()
-
-    def take(self, rows: Tensor):
+    def select_rows(self, rows: Tensor):
         """Go on with the rows of these indices, in this order; a row may occur several times."""
 
-        def taken(x):
+        def select(x):
             if isinstance(x, tuple):
-                return tuple(map(taken, x))
+                return type(x)(*map(select, x))
             return None if x is None else x[rows]
 
-        self.layers = [taken(layer) for layer in self.layers]
+        self.layers = [select(layer) for layer in self.layers]
         self.at, self.pos = self.at[rows], self.pos[rows]
 
 
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy, in nats, of logits x W^T (N, V) against targets (N,), for a frozen W.
 
-    Its gradient by x, (softmax - one-hot) W / N, is computed with the loss itself, for CHUNK targets at a time: so
-    there are never more logits than that, and none are kept.
+    The gradient with respect to x, (softmax - one-hot) W / N, is computed with the loss, for CHUNK targets at a time:
+    so there are never more logits than that, and none are kept for the backward pass.
     """
 
     CHUNK = 1024
@@ -332,13 +340,14 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, targets):
         loss, dx = x.new_zeros((), dtype=torch.float32), torch.empty_like(x)
-        for some, t, d in zip(*(y.split(HeadLoss.CHUNK) for y in (x, targets, dx))):
-            logits = F.linear(some, weight).float()
+        N = max(1, len(x))
+        for x_part, t, dx_part in zip(*(y.split(HeadLoss.CHUNK) for y in (x, targets, dx))):
+            logits = F.linear(x_part, weight).float()
             loss += F.cross_entropy(logits, t, reduction="sum")
             p = logits.softmax(-1)
             p[torch.arange(len(t), device=t.device), t] -= 1
-            d.copy_((p / len(x)).to(weight.dtype) @ weight)
-        return loss / len(x), dx
+            dx_part.copy_((p / N).to(weight.dtype) @ weight)
+        return loss / N, dx
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -359,226 +368,83 @@ class Decoder(nn.Module):
         self.checkpointing = False  # True: a block's activations are computed again for the backward pass, not kept
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         self.wpe = nn.Embedding(c.block_size, c.n_embd) if c.arch == "gpt2" else None
-        self.rotary = Rotary(c) if c.arch == "llama" else None
         self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = norm(c)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
-        self.apply(self._init)
-        for name, p in self.named_parameters():  # residual branches start small, as in GPT-2
-            if name.endswith(("attn.o.weight", "mlp.down.weight")):
-                nn.init.normal_(p, std=0.02 / (2 * c.n_layer) ** 0.5)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:  # what adds to the residual stream starts smaller, as in GPT-2
+                residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
+                nn.init.normal_(p, std=0.02 / (2 * c.n_layer) ** 0.5 if residual else 0.02)
         if c.tied:
             self.head.weight = self.wte.weight
 
-    def _init(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
     def embed(self, idx: Tensor, pos: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Tokens idx (B, T) at positions pos, (T,) or (B, T) -> x (B, T, C), and the angles that the blocks rotate by.
-
-        With learned positions, these are None.
-        """
+        """Tokens idx (B, T) at positions pos, (T,) or (B, T) -> x (B, T, C) and, for LLaMA, the angles of `rotary`."""
         x = self.wte(idx)
-        return (x, self.rotary(pos)) if self.wpe is None else (x + self.wpe(pos), None)
+        return (x, rotary(self.config, pos)) if self.wpe is None else (x + self.wpe(pos), None)
 
-    def hidden(
-        self, idx: Tensor, instr: Tensor | None = None, tuner: "Tuner | None" = None, layers: list | None = None
-    ) -> Tensor:
-        """The last hidden states (B, T, C).
-
-        idx     (B, T)  tokens, right-padded
-        instr   (B, T)  True on the tokens of the instruction, the only ones a tuner may read
-        tuner           asked for soft tokens at the embeddings and at each layer (`Tuner` in iapt.py), or None
-        layers          a list to which each layer's (k, v, P, seen, apart) is appended, for a `Cache`
-
-        Raises ValueError if T > block_size.
-        """
-        T, most = idx.shape[1], self.config.block_size
-        if T > most:
-            raise ValueError(f"this model wants at most {most} tokens, got {T} (--block-size, or shorten the prompt)")
+    def hidden(self, idx: Tensor, instr: Tensor | None = None, tuner: Tuner | None = None,
+               cache: Cache | None = None) -> Tensor:  # fmt: skip
+        """The last hidden states (B, T, C) of right-padded tokens idx (B, T); instr (B, T): True on the instruction."""
+        T, limit = idx.shape[1], self.config.block_size
+        if T > limit:
+            raise ValueError(f"this model wants at most {limit} tokens, got {T} (--block-size, or shorten the prompt)")
         x, rope = self.embed(idx, torch.arange(T, device=idx.device))
-        at = keep = None
-        if tuner is not None:
-            x, at, keep = tuner.embed(x, instr)  # soft tokens among the embeddings; at (B, T): where the tokens went
+        if tuner is not None and instr is None:
+            raise ValueError("a tuner needs instr (B, T), True on the instruction's tokens: it got None")
+        tuner = tuner or NO_TUNER
+        x, at, visible = tuner.embed(x, instr)
         if at is not None:
             real = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device).scatter(1, at, 1)
             instr = torch.zeros_like(real).scatter(1, at, instr.long()).bool()
             if rope is not None:  # tokens keep their positions; a soft token has that of the token after it
-                rope = self.rotary(real.cumsum(1) - real)
+                rope = rotary(self.config, real.cumsum(1) - real)
+        if cache is not None:
+            cache.at += x.shape[1] - T  # soft tokens among the embeddings take up room, but no positions
         for l, block in enumerate(self.h):
-            slots, apart = tuner.slots(block, l, x, instr) if tuner is not None else (None, None)
-            seen = places(slots, keep, x)
+            joined, separate = tuner.soft(block, l, x, instr)
+            mask = attention_mask(x, visible, joined)
+            run = block
             if self.checkpointing and torch.is_grad_enabled():
-                x, (k, v) = checkpoint(block, x, rope, slots, apart, seen, use_reentrant=False)
-            else:
-                x, (k, v) = block(x, rope, slots, apart, seen)
-            if layers is not None:
-                layers.append((k, v, k.shape[2] - x.shape[1], seen, apart))
+                run = functools.partial(checkpoint, block, use_reentrant=False)
+            x, k, v = run(x, rope, mask, joined, separate)
+            if cache is not None:
+                cache.append(k, v, visible, joined, separate)
         if at is not None:
             # What follows token t is read off the place before token t+1, where a soft token may stand.
             before_next = F.pad(at[:, 1:], (0, 1), value=x.shape[1]) - 1
             x = x.gather(1, before_next[..., None].expand(-1, -1, x.shape[2]))
         return self.ln_f(x)
 
-    def forward(
-        self, idx: Tensor, instr: Tensor | None = None, tuner: "Tuner | None" = None, targets: Tensor | None = None
-    ) -> Tensor:
-        """Logits (B, T, V); or, given targets (B, T) with -1 where there is none, the mean loss in nats per target.
-
-        The head is then computed only where there is a target: at a vocabulary of 50,000 it is much of a small model's
-        work.
-        """
+    def forward(self, idx: Tensor, instr: Tensor | None = None, tuner: Tuner | None = None,
+                targets: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Logits (B, T, V); or, given targets (B, T) with -1 where there is none, the mean loss in nats per target."""
         x = self.hidden(idx, instr, tuner)
-        if targets is None:
-            return self.head(x)
-        there = targets >= 0
+        return self.head(x) if targets is None else self.loss(x, targets)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of hidden states x (B, T, C).  The head, much of the work, skips what has no target."""
+        x, targets = x[targets >= 0], targets[targets >= 0]
         if x.requires_grad and not self.head.weight.requires_grad:
-            return HeadLoss.apply(x[there], self.head.weight, targets[there])[0]
-        return F.cross_entropy(self.head(x[there]).float(), targets[there])
+            return HeadLoss.apply(x, self.head.weight, targets)[0]
+        return F.cross_entropy(self.head(x).float(), targets)
 
     @torch.no_grad()
-    def prefill(self, idx: Tensor, length: Tensor, tuner: "Tuner | None" = None, room: int = 0) -> tuple[Tensor, Cache]:
-        """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next one, and a Cache.
-
-        All of a prompt counts as instruction.  The cache has room for `room` more tokens a row.
-        """
-        instr = torch.arange(idx.shape[1], device=idx.device) < length[:, None]
-        layers = []
-        x = self.hidden(idx, instr, tuner, layers)
-        k, _, P, _, _ = layers[0]
-        soft = k.shape[2] - P - idx.shape[1]  # soft tokens among the embeddings: they take up room too
-        rows = torch.arange(len(idx), device=idx.device)
-        return self.head(x[rows, length - 1]), Cache(layers, idx.shape[1] + soft, length + soft, length, room)
+    def prefill(self, idx: Tensor, length: Tensor, tuner: Tuner | None = None, room: int = 0) -> tuple[Tensor, Cache]:
+        """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next one, and a Cache."""
+        instr = torch.arange(idx.shape[1], device=idx.device) < length[:, None]  # all of a prompt is instruction
+        cache = Cache(length, room)
+        x = self.hidden(idx, instr, tuner, cache)
+        return self.head(x[torch.arange(len(idx), device=idx.device), length - 1]), cache
 
     @torch.no_grad()
     def step(self, idx: Tensor, cache: Cache) -> Tensor:
-        """One more token a row, idx (B,): logits (B, V) of the one after it.  No tuner: its work lies in the cache."""
+        """One more token a row, idx (B,): logits (B, V) of the one after it.  No tuner: its work is in the cache."""
         x, rope = self.embed(idx[:, None], cache.pos[:, None])
-        for block, (k, v, mask, apart) in zip(self.h, cache.layers):
-            x = block.step(x, rope, k, v, mask, cache.at, apart)
+        for block, cached in zip(self.h, cache.layers):
+            x = block.step(x, rope, cached, cache.at)
         cache.at += 1
         cache.pos += 1
         return self.head(self.ln_f(x))[:, 0]
-
-
-def pick(
-    logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
-    """Next tokens (B,) from logits (B, V): the likeliest at temperature 0, else drawn.
-
-    Drawn from the top_k likeliest (0: all), and from the fewest likeliest tokens that have the mass top_p.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits, order = (logits.float() / temperature).sort(-1, descending=True)
-    probs = logits.softmax(-1)
-    drop = probs.cumsum(-1) - probs >= top_p  # the mass before a token: so the first always stays
-    if top_k:
-        drop[:, top_k:] = True
-    drop[:, 0] = False
-    probs = probs.masked_fill(drop, 0)
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
-
-
-@torch.no_grad()
-def generate(
-    model: Decoder, prompts: list[list[int]], tuner: "Tuner | None" = None, max_new: int = 64, stop: int | None = None,
-    seed: int = 0, beams: int = 1, length_penalty: float = 1.0, **sampling: float,
-) -> list[list[int]]:  # fmt: skip
-    """Continue several prompts at once.
-
-    prompts          lists of token ids, of any lengths
-    max_new          new tokens a row, at most
-    stop             id at which a row ends (it is left out of the result); None: no such id
-    beams            with more than one: the best of what a beam search of this width finds
-    length_penalty   of the beam search, see `search`
-    sampling         temperature, top_k, top_p of `pick`
-
-    Returns the new tokens, a list per prompt.  Raises ValueError for an empty prompt, for one that leaves no room, and
-    for beams that are to be drawn.
-    """
-    longest = max(map(len, prompts), default=0)
-    if not longest or not all(prompts):
-        raise ValueError("an empty prompt: there is nothing to continue")
-    if longest + max_new > model.config.block_size:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new} new ones: this model has room for {model.config.block_size}"
-            " (--max-new, or shorten the prompt)"
-        )
-    if beams < 1 or beams > 1 and sampling.get("temperature"):
-        raise ValueError(f"a beam search draws nothing: give {beams} beams or a temperature, not both")
-    device = model.wte.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    idx = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
-    length = torch.tensor([len(p) for p in prompts], device=device)
-    logits, cache = model.prefill(idx, length, tuner, max_new)
-    if beams > 1:
-        return search(model, logits, cache, beams, max_new, stop, length_penalty)
-    out, done = [[] for _ in prompts], [False] * len(prompts)
-    for i in range(max_new):
-        new = pick(logits, generator=generator, **sampling)
-        for row, token in enumerate(new.tolist()):
-            done[row] = done[row] or token == stop
-            if not done[row]:
-                out[row].append(token)
-        if all(done) or i == max_new - 1:
-            break
-        logits = model.step(new, cache)
-    return out
-
-
-def compiled_step(model: Decoder) -> Callable[[Tensor, Cache], Tensor]:
-    """`model.step`, compiled in one graph when it is first called, with the weights as constants of the graph.
-
-    That packs them for a CPU's matrix products, in a second copy of them; no weight may change after it.  The compiler
-    tries several kernels for each product, and on a GPU CUDA graphs where they can be had.
-    """
-    import torch._inductor.config as inductor
-
-    inductor.freezing = True  # of graphs without gradients, as this is, alone; as an option it has no effect
-    quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
-    quiet = {key: value for key, value in quiet.items() if hasattr(inductor, key)}  # older PyTorch knows but one
-    how = {"max_autotune": True, "triton.cudagraphs": model.wte.weight.is_cuda, **quiet}
-    return torch.compile(model.step, fullgraph=True, options=how)
-
-
-def search(
-    model: Decoder, logits: Tensor, cache: Cache, K: int, max_new: int, stop: int | None, length_penalty: float
-) -> list[list[int]]:
-    """Beam search from `prefill`'s logits (B, V) and cache: the new tokens, a list per row.
-
-    Each row keeps the K hypotheses that are best by  log p(tokens) / n^length_penalty,  n their number with the stop.
-    One that has stopped stays as it is, and must hold its place against those that go on.
-    """
-    (B, V), device = logits.shape, logits.device
-    first = torch.arange(B, device=device)[:, None] * K  # a row's hypotheses are neighbours
-    cache.take(torch.arange(B, device=device).repeat_interleave(K))
-    logits = logits.repeat_interleave(K, 0)
-    score = torch.full((B, K), float("-inf"), device=device)  # log p; at first there is one hypothesis, the empty one
-    score[:, 0] = 0
-    done, n = torch.zeros(B, K, dtype=torch.bool, device=device), torch.zeros(B, K, device=device)
-    tokens = torch.empty(B, K, 0, dtype=torch.long, device=device)
-    as_it_is = torch.full((V,), float("-inf"), device=device)
-    as_it_is[0] = 0  # the one way in which what has stopped goes on
-    for i in range(max_new):
-        log_p = logits.float().log_softmax(-1).unflatten(0, (B, K))
-        log_p = torch.where(done[..., None], as_it_is, log_p)  # (B, K, V)
-        n = n + ~done
-        rank = (score[..., None] + log_p) / n[..., None] ** length_penalty
-        best = rank.flatten(1).topk(K).indices  # (B, K)
-        beam, new = best // V, best % V
-        score = (score[..., None] + log_p).flatten(1).gather(1, best)
-        done, n = done.gather(1, beam), n.gather(1, beam)
-        tokens = tokens.gather(1, beam[..., None].expand(-1, -1, i))
-        tokens = torch.cat((tokens, new.masked_fill(done, -1)[..., None]), 2)
-        if stop is not None:
-            done = done | (new == stop)
-        if done.all() or i == max_new - 1:
-            break
-        cache.take((first + beam).flatten())
-        logits = model.step(new.flatten(), cache)
-    return [[t for t in row if t not in (-1, stop)] for row in tokens[:, 0].tolist()]

@@ -1,207 +1,329 @@
 """Ask a tuned model.
 
-python sample.py out/iapt/best.pt "what is the capital of peru ?"               # greedy
-python sample.py out/iapt/best.pt "the plural of mouse ?" "the past of go ?"    # several, in one batch
-python sample.py out/iapt/best.pt "tell me the reverse of these words ." --input "cat sun moon"
-python sample.py out/iapt/best.pt < questions.txt                               # a line each
-python sample.py out/iapt/best.pt                                               # ask, read, ask again
-python sample.py out/iapt "the past of go ?" --explain                          # what each soft token reads
-python sample.py --tenant out/iapt "the past of go ?" --tenant out/lora "the plural of mouse ?"     # one batch
+    python sample.py out/iapt "the plural of mouse ?" "the past of go ?"            # one instruction or several
+    python sample.py out/iapt "tell me the reverse of these words ." --input "cat sun moon"
+    python sample.py out/iapt < questions.txt                                       # a line each; without: a dialogue
+    python sample.py out/iapt "the past of go ?" --explain                          # what each soft token reads
+    python sample.py --tenant out/iapt "the past of go ?" --tenant out/lora "the plural of mouse ?"     # one batch
+
+A map of this file: open_model, open_runs; generate, with sample_token and beam_search; answer; main.
 """
 
-import math
+import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import weights
 from baselines import build
-from checkpoint import fill, load_tuner
-from cli import Parser, UsageError, run
-from data import Tokenizer, template
-from iapt import IAPT, Tuner
-from model import Decoder, compiled_step
-from tenants import Tenants
-from train import answer, open_model, pick_device
+from baselines.tenants import Tenants
+from data import PLAIN, shorten
+from data.template import Template, make_template
+from data.tokenizer import Tokenizer
+from iapt import IAPT, PaperIAPT
+from model import Cache, Decoder, Tuner
+from plumbing.checkpoint import load_checkpoint, load_into
+from plumbing.cli import Parser, UsageError, add_device_options, at_least, pick_device, run, shade_words
+from plumbing.hub import find_model
+from plumbing.pretrained import fingerprint, load_pretrained, read_config
 
 
-def parse(argv: list[str] | None = None) -> Namespace:
-    """The command line."""
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("checkpoint", nargs="?", help="best.pt of a run, or the run's folder")
-    add(
-        "prompts",
-        nargs="*",
-        metavar="instruction",
-        help="instructions (default: lines of standard input, or a dialogue)",
-    )
-    add(
-        "--input",
-        action="append",
-        default=[],
-        help="what an instruction is about; once for all instructions, or once for each",
-    )
-    add(
-        "--tenant",
-        action="append",
-        nargs="+",
-        default=[],
-        metavar=("CHECKPOINT", "INSTRUCTION"),
-        help="a checkpoint and what to ask it; several of these make one batch",
-    )
-    add("--init", help="the frozen model (default: the one of the training run)")
-    add("--frozen", action="store_true", help="leave the tuning out: the frozen model alone")
-    add("--max-new", type=int, default=0, help="most tokens to write (default: 64, or as many as fit)")
-    add("--beams", type=int, default=1, help="width of a beam search; 1 is greedy (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: all (default: %(default)s)")
-    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
-    add(
-        "--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the frozen weights (default: %(default)s)"
-    )
-    add("--explain", action="store_true", help="show what each soft token of IAPT reads of the instruction")
-    add("--compile", action="store_true", help="torch.compile the decode step: for long or many answers")
-    add("--force", action="store_true", help="use the tuning even on a model that it was not trained for")
-    args = parser.parse_args(argv)
-    if bool(args.tenant) == bool(args.checkpoint):
-        parser.error("give a checkpoint, or several with --tenant CHECKPOINT INSTRUCTION ...")
-    if args.tenant and (args.frozen or min(map(len, args.tenant)) < 2):
-        parser.error("--tenant wants a checkpoint and at least one instruction, and goes without --frozen")
-    if args.tenant:
-        args.prompts = [prompt for _, *prompts in args.tenant for prompt in prompts]
-    if len(args.input) not in (0, 1, len(args.prompts)):
-        parser.error(
-            f"{len(args.input)} --input for {len(args.prompts)} instructions: give one for all, or one for each"
-        )
-    if args.beams < 1 or args.beams > 1 and args.temperature:
-        parser.error("--beams is at least 1, and goes without --temperature")
-    if min(args.max_new, args.top_k, args.seed) < 0 or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
-        parser.error("--max-new, --temperature, --top-k and --seed are at least 0, --top-p above 0 and at most 1")
-    return args
+def open_model(
+    init: str, device: str = "cpu", dtype: torch.dtype = torch.float32, scratch: bool = False
+) -> tuple[Decoder, Tokenizer]:
+    """A frozen decoder and its tokenizer; from scratch, one of its size with random weights."""
+    folder = find_model(init)
+    if scratch:
+        model = Decoder(read_config(os.path.join(folder, "config.json"))).to(device, dtype)
+    else:
+        model = load_pretrained(folder, dtype, device)
+    return model.requires_grad_(False), Tokenizer.load(folder)
 
 
-def open_checkpoints(
-    paths: list[str],
-    init: str | None = None,
-    force: bool = False,
-    device: str = "cpu",
+class Opened(NamedTuple):
+    """Runs of train.py, their tuners not attached, and what they were trained on."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    template: Template
+    tuners: list[Tuner]
+
+
+def open_runs(
+    paths: list[str], init: str | None = None, force: bool = False, device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> tuple[Decoder, Tokenizer, list[Tuner]]:
-    """(model, tokenizer, tuners) of checkpoints of train.py, not attached.
-
-    Raises ValueError for one that was trained on another model.
-    """
-    contents = {path: load_tuner(path) for path in paths}
-    init = init or contents[paths[0]]["meta"]["init"]
-    model, tokenizer = open_model(init, (), device, dtype)
-    found, tuners = weights.fingerprint(model), []
-    for path in paths:
-        content, meta = contents[path], contents[path]["meta"]
-        if found != meta["base"] and not force:
+) -> Opened:  # fmt: skip
+    """Open runs, or their checkpoints.  Raises ValueError for one trained on another model, unless force."""
+    checkpoints = {path: load_checkpoint(path) for path in paths}
+    first = checkpoints[paths[0]]["meta"]
+    try:
+        model, tokenizer = open_model(init or first["init"], device, dtype)
+    except OSError as e:
+        if init:
+            raise
+        place = f"{paths[0]} was trained on --init {first['init']}"
+        raise FileNotFoundError(f"{place}: {e} (--init names its place now)") from None
+    base, tuners = fingerprint(model), []
+    for path, content in checkpoints.items():
+        meta = content["meta"]
+        if base != meta["base"] and not force:
             raise ValueError(
-                f"{path} was trained on {meta['init']} ({meta['base']}); {init} is another model ({found}):"
-                " name the right one with --init, or --force it"
+                f"{path} was trained on {meta['init']} ({meta['base']}); {init or first['init']} is another model"
+                f" ({base}): name the right one with --init, or --force it"
             )
+        if meta["template"] != first["template"]:
+            raise ValueError(f"{path} has another template than {paths[0]}: ask them one after the other")
         tuners.append(build(meta["method"], model.config, meta["options"]).to(device).eval())
-        fill(tuners[-1], content, path)
-    return model, tokenizer, tuners
-
-
-SHADES = ((0.4, "48;5;25;38;5;231"), (0.2, "48;5;68;38;5;231"), (0.1, "48;5;111;38;5;16"), (0.05, "48;5;153;38;5;16"))
+        load_into(tuners[-1], content, path)
+    return Opened(model, tokenizer, make_template(first["template"], tokenizer), tuners)
 
 
 @torch.no_grad()
-def entering(model: Decoder, tuner: IAPT, idx: Tensor, instr: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What each layer's generator is given, x (B, T, C) and instr (B, T), as the model reads idx (B, T)."""
-    given = []
-    hooks = [g.register_forward_pre_hook(lambda _, args: given.append(args)) for g in tuner.generators]
+def generate(
+    model: Decoder, prompts: list[list[int]], tuner: Tuner | None = None, max_new: int = 64, stop: int | None = None,
+    beams: int = 1, length_penalty: float = 1.0, seed: int = 0, step: Callable[[Tensor, Cache], Tensor] | None = None,
+    **sampling: float,
+) -> list[list[int]]:  # fmt: skip
+    """Continue several prompts at once.  Returns the new tokens, a list per prompt.
+
+    prompts    lists of token ids, of any lengths
+    max_new    new tokens a row, at most
+    stop       id at which a row ends (it is left out of the result); None: no such id
+    beams      width of a beam search, see `beam_search`; 1: none
+    step       takes the place of model.step, see `compiled_step`
+    sampling   temperature, top_k, top_p of `sample_token`
+    """
+    longest = max(map(len, prompts), default=0)
+    if not longest or not all(prompts):
+        raise ValueError("an empty prompt: there is nothing to continue")
+    if longest + max_new > model.config.block_size:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new} new ones: this model has room for {model.config.block_size}"
+            " (--max-new, or shorten the prompt)"
+        )
+    if beams < 1 or beams > 1 and sampling.get("temperature"):
+        raise ValueError(f"a beam search draws nothing: give {beams} beams or a temperature, not both")
+    device = model.wte.weight.device
+    idx = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
+    length = torch.tensor([len(p) for p in prompts], device=device)
+    training = tuner is not None and tuner.training
+    logits, cache = model.prefill(idx, length, tuner.eval() if training else tuner, max_new)
+    if training:
+        tuner.train()
+    step = step or model.step
+    if beams > 1:
+        return beam_search(step, logits, cache, beams, max_new, stop, length_penalty)
+    generator = torch.Generator(device).manual_seed(seed)
+    out, done = [[] for _ in prompts], [False] * len(prompts)
+    for i in range(max_new):
+        new = sample_token(logits, generator=generator, **sampling)
+        for row, token in enumerate(new.tolist()):
+            done[row] = done[row] or token == stop
+            if not done[row]:
+                out[row].append(token)
+        if all(done) or i == max_new - 1:
+            break
+        logits = step(new, cache)
+    return out
+
+
+def sample_token(
+    logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Next tokens (B,) from logits (B, V): the likeliest at temperature 0, else drawn.
+
+    Drawn from the top_k likeliest (0: all) and the fewest likeliest tokens that have the mass top_p.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, order = logits.float().sort(-1, descending=True)
+    probs = ((logits - logits[:, :1]) / max(temperature, 1e-20)).softmax(
+        -1
+    )  # the largest is 0: no temperature overflows it
+    drop = probs.cumsum(-1) - probs >= top_p  # the mass before a token, so that the first always stays
+    if top_k:
+        drop[:, top_k:] = True
+    drop[:, 0] = False
+    return order.gather(1, torch.multinomial(probs.masked_fill(drop, 0), 1, generator=generator))[:, 0]
+
+
+def beam_search(
+    step: Callable, logits: Tensor, cache: Cache, K: int, max_new: int, stop: int | None, length_penalty: float
+) -> list[list[int]]:
+    """Beam search from `prefill`'s logits (B, V) and cache: the new tokens, a list per row.
+
+    Each row keeps the K hypotheses with the highest  log p(tokens) / n^length_penalty,  n their number with the stop.
+    A hypothesis that has stopped stays as it is, and competes with those that go on.
+    """
+    (B, V), device = logits.shape, logits.device
+    first = torch.arange(B, device=device)[:, None] * K  # a row's hypotheses are neighbours
+    cache.select_rows(torch.arange(B, device=device).repeat_interleave(K))
+    logits = logits.repeat_interleave(K, 0)
+    score = torch.full((B, K), float("-inf"), device=device)  # log p; at first there is one hypothesis, the empty one
+    score[:, 0] = 0
+    done = torch.zeros(B, K, dtype=torch.bool, device=device)
+    n = torch.zeros(B, K, device=device)
+    tokens = torch.empty(B, K, 0, dtype=torch.long, device=device)
+    stay = torch.full((V,), float("-inf"), device=device)
+    stay[0] = 0  # the one continuation of a hypothesis that has stopped
+    for i in range(max_new):
+        log_p = logits.float().log_softmax(-1).unflatten(0, (B, K))
+        log_p = torch.where(done[..., None], stay, log_p)  # (B, K, V)
+        n = n + ~done
+        rank = (score[..., None] + log_p) / n[..., None] ** length_penalty
+        best = rank.flatten(1).topk(K).indices  # (B, K)
+        beam, new = best // V, best % V
+        score = (score[..., None] + log_p).flatten(1).gather(1, best)
+        done, n = done.gather(1, beam), n.gather(1, beam)
+        tokens = tokens.gather(1, beam[..., None].expand(-1, -1, i))
+        tokens = torch.cat((tokens, new.masked_fill(done, -1)[..., None]), 2)
+        if stop is not None:
+            done = done | (new == stop)
+        if done.all() or i == max_new - 1:
+            break
+        cache.select_rows((first + beam).flatten())
+        logits = step(new.flatten(), cache)
+    return [[t for t in row if t not in (-1, stop)] for row in tokens[:, 0].tolist()]
+
+
+def compiled_step(model: Decoder) -> Callable[[Tensor, Cache], Tensor]:
+    """`model.step`, compiled in one graph when it is first called; on a GPU, a CUDA graph.
+
+    The weights become constants, packed for a CPU's matrix products: no weight may change after it.
+    """
+    import torch._inductor.config as inductor
+
+    quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+    options = {name: value for name, value in quiet.items() if hasattr(inductor, name)}  # older PyTorch lacks one
+    options |= {"max_autotune": True, "triton.cudagraphs": model.wte.weight.is_cuda}
+    step = torch.compile(model.step, fullgraph=True, options=options)
+
+    def frozen_step(idx, cache):
+        with inductor.patch(freezing=True):  # as an option of torch.compile it has no effect
+            return step(idx, cache)
+
+    return frozen_step
+
+
+def answer(
+    model: Decoder, tokenizer: Tokenizer, rows: list[dict], tuner: Tuner | None = None, max_new: int = 0,
+    truncate: bool = False, template: Template = PLAIN, **settings,
+) -> list[str]:  # fmt: skip
+    """Answers to rows of instruction and input, as text; `settings` go to `generate`, which is greedy by default.
+
+    max_new=0 means 64 tokens, or as many as there is room for; truncate makes room by shortening prompts.
+    """
+    prompts, limit = [template.prompt_ids(row, tokenizer) for row in rows], model.config.block_size
+    if truncate:
+        room = limit - (max_new or min(64, limit // 2))
+        prompts = [shorten(prompt, room, tokenizer, template) for prompt in prompts]
+    max_new = max_new or max(1, min(64, limit - max(map(len, prompts))))
+    answers = generate(model, prompts, tuner, max_new, template.end_id(tokenizer), **settings)
+    return [template.answer_text(ids, tokenizer) for ids in answers]
+
+
+def generator_inputs(model: Decoder, tuner: IAPT, idx: Tensor, instr: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What each layer's generator reads, x (B, T, C) and instr (B, T), while the model reads idx (B, T)."""
+    inputs = []
+    hooks = [g.register_forward_pre_hook(lambda _, args: inputs.append(args)) for g in tuner.generators]
     model.hidden(idx, instr, tuner)
     for hook in hooks:
         hook.remove()
-    return given
+    return inputs
 
 
 @torch.no_grad()
-def reads(model: Decoder, tokenizer: Tokenizer, tuner: IAPT, prompt: list[int]) -> tuple[list[str], Tensor]:
-    """The T words of a prompt (ids), and how much each soft token of each layer reads of each: (L, P, T).
-
-    P is 1 where all soft tokens of a layer read the same.
-    """
+def reading_weights(model: Decoder, tokenizer: Tokenizer, tuner: IAPT, prompt: list[int]) -> tuple[list[str], Tensor]:
+    """The T words of a prompt (ids), and how much each soft token of each layer reads of each: (L, P, T)."""
     idx = torch.tensor([prompt], device=model.wte.weight.device)
-    given = entering(model, tuner, idx, torch.ones_like(idx, dtype=torch.bool))
-    weights = [g.reads(*args)[1][0] for g, args in zip(tuner.generators, given)]
+    inputs = generator_inputs(model, tuner, idx, torch.ones_like(idx, dtype=torch.bool))
+    weights = [g.read(*args)[1][0] for g, args in zip(tuner.generators, inputs)]
     return [tokenizer.decode([i]).replace("\n", "\\n") for i in prompt], torch.stack(weights)
 
 
-def explain(words: list[str], weights: Tensor, color: bool) -> Iterator[str]:
-    """What each soft token reads, weights (L, P, T), as lines of text: the words, darker where the weight is larger.
+# -- The command line --------------------------------------------------------------------------------------------------
 
-    Without color the words with a weight of a twentieth or more, and their weights.
-    """
-    for l, layer in enumerate(weights, 1):
-        for p, row in enumerate(layer.tolist(), 1):
-            if color:
-                shades = [next((shade for least, shade in SHADES if w >= least), "0") for w in row]
-                text = "".join(f"\x1b[{shade}m{word}\x1b[0m" for word, shade in zip(words, shades))
-            else:
-                most = sorted(zip(row, words), reverse=True)
-                text = "  ".join(f"{word.strip()} {w:.2f}" for w, word in most if w >= SHADES[-1][0])
-            yield f"layer {l:2}, token {p}:  {text}"
+
+def parse(argv: list[str] | None = None) -> Namespace:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("run", nargs="?", help="folder of a run, or its best.pt")
+    add("prompts", nargs="*", metavar="instruction", help="instructions (default: lines of standard input, a dialogue)")
+    add("--input", action="append", default=[], help="what an instruction is about; one for all of them, or one each")
+    add("--tenant", action="append", nargs="+", default=[], help="a run and what to ask it; several make one batch")
+    add("--init", help="the frozen model (default: the one of the training run)")
+    add("--frozen", action="store_true", help="leave the tuning out: the frozen model alone")
+    add("--max-new", type=at_least(0), default=0, help="most tokens to write (default: 64, or as many as fit)")
+    add("--beams", type=at_least(1), default=1, help="width of a beam search; 1 is greedy")
+    add("--temperature", type=at_least(0.0), default=0.0, help="0 is greedy")
+    add("--top-k", type=at_least(0), default=0, help="sample from the k likeliest tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
+    add("--seed", type=at_least(0), default=0, help="seed of the sampling")
+    add("--explain", action="store_true", help="show what each soft token of IAPT reads of the instruction")
+    add("--compile", action="store_true", help="torch.compile the decode step: for long or many answers")
+    add("--force", action="store_true", help="use the tuning even on a model that it was not trained for")
+    add_device_options(parser)
+    args = parser.parse_intermixed_args(argv)
+    if bool(args.tenant) == bool(args.run):
+        parser.error("give a run, or several with --tenant RUN INSTRUCTION ...")
+    if args.tenant:
+        args.prompts = [prompt for _, *prompts in args.tenant for prompt in prompts]
+        if args.frozen or min(map(len, args.tenant)) < 2:
+            parser.error("--tenant wants a run and at least one instruction, and goes without --frozen")
+    if len(args.input) not in (0, 1, len(args.prompts)):
+        parser.error(f"{len(args.input)} --input for {len(args.prompts)} instructions: give one for all, or one each")
+    if args.beams > 1 and args.temperature:
+        parser.error("--beams goes without --temperature")
+    if not 0 < args.top_p <= 1:
+        parser.error(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+    return args
 
 
 def main(argv: list[str] | None = None):
-    """The command."""
     args = parse(argv)
     device, dtype, _ = pick_device(args.device, args.dtype)
-    tenants = args.tenant or [[args.checkpoint, *args.prompts]]
+    tenants = args.tenant or [[args.run, *args.prompts]]
     paths = list(dict.fromkeys(path for path, *_ in tenants))
-    model, tokenizer, tuners = open_checkpoints(paths, args.init, args.force, device, dtype)
+    model, tokenizer, template, tuners = open_runs(paths, args.init, args.force, device, dtype)
     tuner = None if args.frozen else tuners[0]
     if args.tenant:
-        who = [paths.index(path) for path, *prompts in tenants for _ in prompts]
-        tuner = Tenants(tuners, who).to(device)
-    if args.explain and not isinstance(tuner, IAPT):
-        raise UsageError("--explain shows what IAPT's soft tokens read: it wants a checkpoint of iapt")
+        tenant_of_row = [paths.index(path) for path, *prompts in tenants for _ in prompts]
+        tuner = Tenants(tuners, tenant_of_row).to(device)
+    if args.explain and not isinstance(tuner, (IAPT, PaperIAPT)):
+        raise UsageError("--explain shows what IAPT's soft tokens read: it wants a run of iapt")
     if tuner is not None:
         tuner.attach(model)
-    if args.compile:
-        model.step = compiled_step(model)
+    settings = {name: getattr(args, name) for name in ("max_new", "seed", "beams", "temperature", "top_k", "top_p")}
+    settings |= {"template": template, "step": compiled_step(model) if args.compile else None}
 
     def ask(instructions):
         """Lines to print: an answer to each instruction, with --explain after what was read for it."""
         inputs = args.input * len(instructions) if len(args.input) == 1 else args.input or [""] * len(instructions)
-        rows = [{"instruction": text, "input": given} for text, given in zip(instructions, inputs)]
-        how = dict(seed=args.seed, beams=args.beams, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-        for row, text in zip(rows, answer(model, tokenizer, rows, tuner, args.max_new, **how)):
+        rows = [{"instruction": text, "input": about} for text, about in zip(instructions, inputs)]
+        for row, text in zip(rows, answer(model, tokenizer, rows, tuner, **settings)):
             if args.explain:
-                yield from explain(
-                    *reads(model, tokenizer, tuner, tokenizer.prompt(template(row))), sys.stdout.isatty()
-                )
-            yield " ".join(text.split())
+                prompt = template.prompt_ids(row, tokenizer)
+                yield from shade_words(*reading_weights(model, tokenizer, tuner, prompt), sys.stdout.isatty())
+            yield text
 
     if args.prompts or not sys.stdin.isatty():
-        asked = args.prompts or [line.strip() for line in sys.stdin if line.strip()]
-        if not asked:
+        lines = args.prompts or [line for line in (line.strip("\ufeff\r\n\t ") for line in sys.stdin) if line]
+        if not lines:
             raise ValueError("nothing to answer: standard input is empty")
-        print(*ask(asked), sep="\n")
-        return
+        return print(*ask(lines), sep="\n")
     print("Type an instruction, then Enter; Ctrl-D ends.")
     while True:
         try:
-            text = input("> ").strip()
-            if text:
-                print(*ask([text]))
+            if text := input("> ").strip():
+                print(*ask([text]), sep="\n")
         except ValueError as e:  # too long a question, say: no reason to leave
             print(f"error: {e}")
         except (EOFError, KeyboardInterrupt):
-            print()
-            return
+            return print()
 
 
 if __name__ == "__main__":

@@ -1,58 +1,49 @@
 """Make a data set that train.py reads: a folder of .jsonl files with rows of instruction, input and output.
 
-    python data/prepare.py tiny                                 # this project's own small world: data/world.py
-    python data/prepare.py alpaca                               # from its public home; or e2e, gsm8k, boolq, sst2
-    python data/prepare.py alpaca --file alpaca_data.json       # from a file you have
-    python data/prepare.py my.csv --map instruction=question,output=answer
-    python data/prepare.py my.tsv --map "instruction=Is this good or bad ?" input={title}:{text} output=stars \\
+    python -m data.prepare tiny                                 # this project's own small world: data/world.py
+    python -m data.prepare alpaca                               # from its public home; or e2e, gsm8k, boolq, sst2, p3
+    python -m data.prepare alpaca --file alpaca_data.json       # from a file that you have
+    python -m data.prepare my.csv --map instruction=question,output=answer
+    python -m data.prepare my.tsv --map "instruction=Is this good or bad ?" input={title}:{text} output=stars \\
         --labels 0=bad,1=good
-    python data/prepare.py chats.jsonl --init gpt2 --show 3     # tokens as GPT-2's; three rows, as the model reads them
+    python -m data.prepare chats.jsonl --init gpt2 --show 3     # GPT-2's tokens; three rows, as the model reads them
 
-A .json, .jsonl, .csv or .tsv file may have Alpaca's keys, those of a few other well-known sets, or chats of messages;
---map names the columns of any other, or makes a text of {them}.  What is missing of train, val and test is split off, a
-tenth each, so that no instruction stands on both sides.
+A .jsonl, .ndjson, .json, .csv or .tsv file may have Alpaca's columns, those of other well-known sets, or chats; --map
+names the columns of any other, or makes a text of {columns}.  What is missing of train, val and test is split off, a
+tenth each, so that no instruction stands on both sides.  docs/DATA.md has more.
 """
 
 import functools
 import json
 import os
 import re
+import shlex
 import statistics
 import sys
-import urllib.request
 import zipfile
 import zlib
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-# Run as a script, this file's own folder is on the path, and not the project's.
-sys.path.insert(0, os.path.dirname(HERE))
+from tqdm import tqdm
 
-from tqdm import tqdm  # noqa: E402
-
-import hub  # noqa: E402
-from cli import Parser, UsageError, run  # noqa: E402
-from data import (  # noqa: E402
-    Tokenizer,
-    columns,
-    complete,
-    encode,
-    is_split,
-    label_words,
-    load,
-    read_json,
+from data import PLAIN, TINY, Template, Tokenizer, encode, label_words, load_splits, make_template, p3, template, world
+from data.files import (
+    as_text,
+    column_names,
+    fill_missing_splits,
+    from_known_format,
+    is_split_file,
     read_rows,
-    replacing,
-    template,
-    world,
     write_rows,
-)  # fmt: skip
-from weights import read_config  # noqa: E402
+)
+from plumbing import hub
+from plumbing.cli import Parser, UsageError, run
+from plumbing.files import read_json, replacing, write_json
+from plumbing.pretrained import read_config
 
-TINY = os.path.join(HERE, "tiny")
-KEYS = ("instruction", "input", "output", "task")
+KEYS = ("instruction", "input", "output", "system", "task")
 
 
 # -- Where the public ones are -----------------------------------------------------------------------------------------
@@ -60,12 +51,13 @@ KEYS = ("instruction", "input", "output", "task")
 
 @dataclass
 class Source:
-    """A public data set: where its files are, their sha256, and how a row of them becomes one of ours."""
+    """A public data set: where its files are, and how their rows become ours."""
 
     home: str
-    files: dict  # split: (file, sha256), or (archive, sha256, file in it)
+    files: dict  # part: (file, sha256 or its first digits), or (archive, sha256, file in it)
     map: dict = field(default_factory=dict)
     labels: dict = field(default_factory=dict)
+    choose: Callable | None = None  # {part: rows} -> {split: rows}; without it, the parts are the splits
 
 
 GITHUB = "https://raw.githubusercontent.com"
@@ -106,232 +98,231 @@ SOURCES = {
         {"instruction": "Is this review positive or negative?", "input": "sentence", "output": "label"},
         {"0": "negative", "1": "positive"},
     ),
+    "p3": Source(  # many tasks; the rows keep the terms of the 22 sets underneath, the repository is Apache-2.0
+        f"{GITHUB}/yizhongw/self-instruct/0b26ccaa415992100fa32df62d41b994cf928e23"
+        "/data/finetuning/t0_train_50k/data_per_template",
+        {name: (f"{name}.jsonl", sha256) for name, sha256 in p3.HASHES.items()},
+        {"instruction": "prompt", "output": "completion"},
+        choose=p3.choose,
+    ),
 }
 
 
-def obtain(source: Source, given: list[str], folder: str) -> dict:
-    """{split: path} of a source's files: those given (files, or the folder that holds them), else downloaded."""
-    have = {os.path.basename(path): path for path in given}
-    if len(given) == 1 and os.path.isdir(given[0]):
-        have = {name: os.path.join(given[0], name) for name in os.listdir(given[0])}
-    elif len(given) == len(source.files) == 1:  # whatever its name
-        have = {next(iter(source.files.values()))[0]: given[0]}
-    found = {}
-    for split, (name, sha256, *member) in source.files.items():
-        path = have.get(name) or os.path.join(folder, name)
-        if given and name not in have:
-            wanted = ", ".join(sorted({file for file, *_ in source.files.values()}))
-            raise FileNotFoundError(f"--file {' '.join(given)}: no {name} there. It takes {wanted}, or their folder")
-        if not given:
+def locate_files(source: Source, files: list[str], folder: str) -> dict[str, str]:
+    """{part: path} of a source's files: those of --file (files, or the folder that holds them), else downloaded."""
+    paths = {os.path.basename(path): path for path in files}
+    if len(files) == 1 and os.path.isdir(files[0]):
+        paths = {name: os.path.join(files[0], name) for name in os.listdir(files[0])}
+    elif len(files) == len(source.files) == 1:  # whatever its name
+        paths = {next(iter(source.files.values()))[0]: files[0]}
+    parts = {}
+    for part, (name, sha256, *member) in source.files.items():
+        path = paths.get(name) or os.path.join(folder, name)
+        if files and name not in paths:
+            names = sorted({file for file, *_ in source.files.values()})
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise FileNotFoundError(
+                f"--file {' '.join(files)}: no {name} there. It takes {', '.join(names[:3])}{more}, or their folder"
+            )
+        if not files:
             download(f"{source.home}/{name}", sha256, path)
-        found[split] = extract(path, *member, folder) if member else path
-    return found
+        parts[part] = extract(path, *member, folder) if member else path
+    return parts
 
 
 def download(url: str, sha256: str, path: str):
-    """A file by its address, unless it is there: resumed after a break, and checked."""
-
-    def ask(start):
-        ranges = {"Range": f"bytes={start}-"} if start else {}
-        return urllib.request.urlopen(urllib.request.Request(url, headers=ranges), timeout=hub.TIMEOUT)
-
+    """Download a file, unless it is there, and check it.  sha256 may be its first digits."""
     try:
-        hub.bring(path, ask, lambda part: hub.digest(part) == sha256, f"{os.path.basename(path)} from {url}")
+        hub.download_file(url, path, lambda part: hub.file_hash(part).startswith(sha256))
     except (OSError, ValueError) as e:
-        raise type(e)(f"{e}. Or get it otherwise, and name it with --file") from None
+        raise type(e)(f"{e}. Or download it in another way, and name it with --file") from None
 
 
 def extract(archive: str, member: str, folder: str) -> str:
-    """The path of an archive's file, unpacked into a folder."""
+    """Unpack one file of a zip archive into a folder.  Returns its path."""
     path = os.path.join(folder, os.path.basename(member))
     os.makedirs(folder, exist_ok=True)
     try:
         with zipfile.ZipFile(archive) as z, replacing(path, "wb") as f:
             f.write(z.read(member))
-    except (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as e:  # RuntimeError: it wants a password
+    except (zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as e:  # RuntimeError: it has a password
         raise ValueError(f"{archive} has no {member} ({e})") from None
     return path
 
 
-# -- Rows of any shape -------------------------------------------------------------------------------------------------
-
-# What others call instruction, input and output.
-NAMES = (
-    ("instruction", "input", "response"),
-    ("instruction", "context", "response"),
-    ("question", "context", "answer"),
-    ("prompt", "input", "completion"),
-    ("prompt", "input", "response"),
-    ("prompt", "input", "output"),
-)
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+# -- Rows of any columns -----------------------------------------------------------------------------------------------
 
 
-def recognise(row: dict) -> dict:
-    """A row of a well-known shape -> one of ours.  Raises ValueError for any other."""
-    chat = row.get("messages") or row.get("conversations")
-    if isinstance(chat, list):
-        return from_chat(chat)
-    if {"instruction", "output"} <= set(row) or "mr" in row:  # Alpaca's and E2E's, which train.py reads itself
-        return row
-    for instruction, given, output in NAMES:
-        if instruction in row and output in row:
-            return {"instruction": row[instruction], "input": text(row.get(given)), "output": text(row[output])}
-    raise ValueError(f"it has {columns(row)[:80]}: say what is what, --map instruction=COLUMN output=COLUMN")
+def as_instruction(record: dict, ignored: set[str] | None = None) -> dict:
+    """`from_known_format`, but prompt and output are not plain text: the prompt is an instruction."""
+    row = from_known_format(record, ignored)
+    return row if "instruction" in row else {"instruction": row.pop("prompt"), "input": "", **row}
 
 
-def from_chat(chat: list) -> dict:
-    """A list of {role, content} -> a row: the last answer is what is learned, all before it the instruction."""
-    try:
-        turns = [(m["role"], m["content"]) if "role" in m else (m["from"], m["value"]) for m in chat]
-        if not all(isinstance(part, str) for turn in turns for part in turn):
-            raise TypeError
-    except (KeyError, TypeError):
-        raise ValueError("its messages have no role and content, both text") from None
-    turns = [(ROLES.get(role, role), said) for role, said in turns if said]
-    last = max((i for i, (role, _) in enumerate(turns) if role == "assistant"), default=0)
-    if last == 0:
-        raise ValueError("its messages have no answer of an assistant to anything")
-    before = turns[:last]
-    if sum(role != "system" for role, _ in before) == 1:  # one question: nobody need be named
-        instruction = "\n".join(said for _, said in before)
-    else:
-        instruction = "\n".join(f"{role.capitalize()}: {said}" for role, said in before)
-    return {"instruction": instruction, "input": "", "output": turns[last][1]}
+def map_columns(record: dict, ignored: set[str] | None, mapping: dict[str, str], labels: dict[str, str]) -> dict:
+    """A row made of any columns.
 
-
-def mapped(row: dict, how: dict, labels: dict) -> dict:
-    """A row made of another's columns: of each of our keys a column's name, or a text with {columns}."""
-    out = {"input": ""}
-    for key, made in how.items():
-        if made in row:
-            if row[made] is None and key != "input":
-                raise ValueError(f"its {made} is empty")
-            out[key] = text(row[made])
+    mapping    {a key of ours: the name of a column, or a text with {columns}}
+    labels     {value of the output: the word that takes its place}
+    """
+    row = {"input": ""}
+    unused = set(record)
+    for key, text in mapping.items():
+        if text in record:
+            if record[text] is None and key in ("instruction", "output"):
+                raise ValueError(f"its {text} is empty")
+            row[key] = to_text(record[text])
+            unused.discard(text)
             continue
-        names = re.findall(r"\{([^{}]*)\}", made)
-        folded = {str(column).casefold().strip() for column in row}
-        if not names and (key == "output" or " " not in made or made.casefold().strip() in folded):
-            names = [made]  # a text that no column is part of: a slip, unless it is a sentence that all rows share
+        names = re.findall(r"\{([^{}]*)\}", text)
+        folded = {str(column).casefold().strip() for column in record}
+        if not names and (key == "output" or " " not in text or text.casefold().strip() in folded):
+            names = [text]  # no column is part of it: a slip, unless it is a sentence that all rows share
         for name in names:
-            if name not in row:
-                raise ValueError(f"there is no column {name!r} for {key}. It has: {columns(row)}")
-        out[key] = re.sub(r"\{([^{}]*)\}", lambda m: text(row[m[1]]), made)
+            if name not in record:
+                raise ValueError(f"there is no column {name!r} for {key}. It has: {column_names(record)}")
+        row[key] = re.sub(r"\{([^{}]*)\}", lambda m: to_text(record[m[1]]), text)
+        unused.difference_update(names)
+    system = row.pop("system", "")
+    if system:
+        row["history"] = [{"role": "system", "content": system}]
     if labels:
-        if out.get("output") not in labels:
-            raise ValueError(f"its output is {out.get('output')!r}, and --labels has {', '.join(labels)}")
-        out["output"] = labels[out["output"]]
-    return out
+        if row["output"] not in labels:
+            raise ValueError(f"its output is {row['output']!r}, and --labels has {', '.join(labels)}")
+        row["output"] = labels[row["output"]]
+    if ignored is not None:
+        ignored.update(unused)
+    return row
 
 
-def text(value: object) -> str:
-    """A column's value as text: JSON's true, 3 and null become "true", "3" and ""."""
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def to_text(value: object) -> str:
+    """A value as text; a list or an object as JSON."""
+    value = as_text(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def pairs(texts: list[str], option: str, known: tuple = ()) -> dict:
-    """["a=b,c=d", ...] -> {"a": "b", "c": "d"}; a comma that no known key follows is part of a value."""
-    out = {}
-    for part in texts:
-        for pair in re.split(rf",(?=(?:{'|'.join(known) or '[^,=]+'})=)", part):
+def parse_pairs(texts: list[str], option: str, keys: tuple = ()) -> dict[str, str]:
+    """["a=b,c=d", ...] -> {"a": "b", "c": "d"}.  A comma that none of the keys follows is part of a value."""
+    pairs = {}
+    for text in texts:
+        for pair in re.split(rf",(?=(?:{'|'.join(keys) or '[^,=]+'})=)", text):
             key, equals, value = pair.partition("=")
-            if not equals or not value or known and key not in known:
-                wanted = f"{' or '.join(known)}=COLUMN" if known else "VALUE=WORD"
-                raise UsageError(f"{option} takes {wanted}, got {pair!r}")
-            out[key] = value
-    return out
+            if not equals or not value or keys and key not in keys:
+                form = f"{' or '.join(keys)}=COLUMN" if keys else "VALUE=WORD"
+                raise UsageError(f"{option} takes {form}, got {pair!r}")
+            pairs[key] = value
+    return pairs
 
 
-# -- What it is like ---------------------------------------------------------------------------------------------------
+# -- What a data set is like -------------------------------------------------------------------------------------------
 
 
-def describe(rows: dict, tokenizer: Tokenizer, block_size: int, name: str) -> Iterator[str]:
-    """Statistics of splits, as lines of text."""
+def describe(
+    splits: dict, tokenizer: Tokenizer, block_size: int, model: str, layout: Template = PLAIN
+) -> Iterator[str]:
+    """Statistics of splits as lines of text, with lengths in tokens of a model."""
     yield f"{'':12} {'rows':>8} {'prompt':>14} {'response':>14} {'too long':>10}"
-    long = 0
-    for split, some in rows.items():
-        sizes = [tuple(map(len, encode([row], tokenizer, sys.maxsize)[0])) for row in tqdm(some, split, leave=False)]
-        prompts, responses = zip(*sizes)
-        cut = sum(p + r > block_size for p, r in sizes)
-        long += cut
-        cells = [f"{statistics.median_low(x):,} (to {max(x):,})" for x in (prompts, responses)]
-        yield f"{split:12} {len(some):8,} {cells[0]:>14} {cells[1]:>14} {cut:10,}"
-    yield f"Median and longest, in tokens of {name}, which takes {block_size:,}."
-    if long:
-        yield f"train.py refuses rows that are too long, or cuts them with --truncate: {long:,} of these."
-    if labels := label_words(rows["train"]):
+    total = 0
+    for split, rows in splits.items():
+        examples = encode(tqdm(rows, split, leave=False), tokenizer, sys.maxsize, template=layout)
+        too_long = sum(len(prompt) + len(response) > block_size for prompt, response in examples)
+        total += too_long
+        lengths = [[len(ids) for ids in column] for column in zip(*examples)]
+        cells = [f"{statistics.median_low(column):,} (to {max(column):,})" for column in lengths]
+        yield f"{split:12} {len(rows):8,} {cells[0]:>14} {cells[1]:>14} {too_long:10,}"
+    yield f"Median and longest, in tokens of {model}, which takes {block_size:,}."
+    if total:
+        yield f"train.py refuses rows that are too long, or cuts them with --truncate: {total:,} of these."
+    if labels := label_words(splits["train"]):
         yield f"Label words: {', '.join(labels)}. It is scored by accuracy."
 
 
-def show(row: dict, tokenizer: Tokenizer) -> str:
-    """A row as a model reads it, what is trained in brackets, token by token."""
-    ((_, response),) = encode([row], tokenizer, sys.maxsize)
-    return template(row) + "".join(f"[{tokenizer.decode([i])}]" for i in response)
+def show(row: dict, tokenizer: Tokenizer, layout: Template = PLAIN) -> str:
+    """A row as a model reads it, with the tokens that are learned in brackets."""
+    ((prompt, response),) = encode([row], tokenizer, sys.maxsize, template=layout)
+    text = template(row) if layout is PLAIN else tokenizer.decode(prompt)
+    return text + "".join(f"[{tokenizer.decode([i])}]" for i in response)
+
+
+# -- The command -------------------------------------------------------------------------------------------------------
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    """The command line."""
-    parser = Parser(description=__doc__)
+    parser = Parser(prog="python -m data.prepare", description=__doc__)
     add = parser.add_argument
-    add("dataset", help=f"tiny, {', '.join(SOURCES)}, or a .json, .jsonl, .csv or .tsv file")
+    add("dataset", help=f"tiny, {', '.join(SOURCES)}, or a .jsonl, .ndjson, .json, .csv or .tsv file")
     add("--out", help="folder to write to (default: data/NAME)")
-    add("--file", nargs="+", default=[], help="the files of a public data set, or their folder: no download")
-    add("--map", nargs="+", default=[], metavar="KEY=COLUMN", help="what makes instruction, input and output")
+    add("--file", nargs="+", default=[], help="the files of a public data set, or their folder, instead of a download")
+    add("--map", nargs="+", default=[], metavar="KEY=COLUMN", help=f"the columns that make {', '.join(KEYS)}")
     add("--labels", nargs="+", default=[], metavar="VALUE=WORD", help="words for the values of output")
     add("--skip-bad", action="store_true", help="leave out rows that cannot be used, and count them")
-    add(
-        "--init",
-        default="tiny",
-        help="whose tokens to count: tiny, a folder, or a name of the hub (default: %(default)s)",
-    )
+    add("--init", default="tiny", help="the model whose tokens to count: tiny, a folder, or a name on the hub")
+    add("--template", default="plain", choices=["plain", "chat"], help="layout in which to count and show them")
     add("--show", type=int, default=0, metavar="N", help="print N rows")
     args = parser.parse_args(argv)
-    args.map, args.labels = pairs(args.map, "--map", KEYS), pairs(args.labels, "--labels")
+    args.map = parse_pairs(args.map, "--map", KEYS)
+    args.labels = parse_pairs(args.labels, "--labels")
     public = args.dataset in SOURCES
     if not public and args.dataset != "tiny" and not os.path.isfile(args.dataset):
         parser.error(f"no data set {args.dataset!r} and no such file. There are: tiny, {', '.join(SOURCES)}")
     if args.file and not public or (args.map or args.labels) and (public or args.dataset == "tiny"):
         parser.error("--file is for a public data set, --map and --labels for a file of your own")
     if args.labels and "output" not in args.map or args.map and not {"instruction", "output"} <= set(args.map):
-        parser.error("--map wants at least instruction=... and output=..., and --labels wants --map")
+        parser.error("--map needs at least instruction=... and output=..., and --labels needs --map")
     if args.show < 0:
         parser.error(f"--show must be at least 0, got {args.show}")
     name = os.path.splitext(os.path.basename(args.dataset))[0]
     if not args.out and name in ("tiny", *SOURCES) and args.dataset != name:
-        parser.error(f"data/{name} is for the data set of that name: give this one's folder with --out")
-    args.out = args.out or os.path.join(HERE, name)
+        parser.error(f"data/{name} is for the data set of that name: name another folder with --out")
+    args.out = args.out or os.path.join(os.path.dirname(TINY), name)
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         parser.error(f"--out {args.out} is a file, and not a folder")
     return args
 
 
 def main(argv: list[str] | None = None):
-    """The command."""
     args = parse(argv)
-    folder = TINY if args.init == "tiny" else hub.find(args.init)
-    tokenizer, config = Tokenizer.load(folder), read_config(os.path.join(folder, "config.json"))
-    vacant(args)
+    folder = hub.find_model(args.init)
+    tokenizer = Tokenizer.load(folder)
+    config = read_config(os.path.join(folder, "config.json"))
+    layout = make_template(args.template, tokenizer)
+    refuse_other_data(args)
     if args.dataset == "tiny":
         world.tiny(args.out)
     else:
-        source = SOURCES.get(args.dataset) or Source("", {}, args.map, args.labels)
-        files = obtain(source, args.file, os.path.join(args.out, "raw")) if source.files else {"train": args.dataset}
-        reshape = functools.partial(mapped, how=source.map, labels=source.labels) if source.map else recognise
-        skip = args.skip_bad or args.dataset in SOURCES  # some of Alpaca's outputs are empty
-        rows = complete({split: read_rows(path, skip, reshape) for split, path in files.items()}, args.dataset)
+        splits = read_public(args) if args.dataset in SOURCES else read_own(args)
         os.makedirs(args.out, exist_ok=True)
-        for split in reversed(rows):  # train last: where it is, the others are
-            write_rows(os.path.join(args.out, f"{split}.jsonl"), rows[split])
+        for split in reversed(splits):  # train last: if it is there, the others are, too
+            write_rows(os.path.join(args.out, f"{split}.jsonl"), splits[split])
     if args.out != TINY:
-        with replacing(os.path.join(args.out, "prepared.json")) as f:
-            json.dump({"from": origin(args)}, f)
-    rows = load(args.out)
-    print(*describe(rows, tokenizer, config.block_size, args.init), sep="\n")
-    for row in rows["train"][: args.show]:
-        print(f"\n{show(row, tokenizer)}")
-    init = "" if args.init == "tiny" else f" --init {args.init}"
-    where = "" if args.out == TINY else f" --data {os.path.relpath(args.out)}"
-    print(f"\nsaved {os.path.relpath(args.out)}. Train on it: python train.py{init}{where}")
+        write_json(os.path.join(args.out, "prepared.json"), {"from": origin(args)})
+    splits = load_splits(args.out)
+    print(*describe(splits, tokenizer, config.block_size, args.init, layout), sep="\n")
+    for row in splits["train"][: args.show]:
+        print(f"\n{show(row, tokenizer, layout)}")
+    options = "" if args.init == "tiny" else f" --init {shlex.quote(args.init)}"
+    options += "" if args.out == TINY else f" --data {shlex.quote(os.path.relpath(args.out))}"
+    options += "" if args.template == "plain" else f" --template {args.template}"
+    print(f"\nsaved {os.path.relpath(args.out)}. Train on it: python train.py{options}")
+
+
+def read_public(args: Namespace) -> dict[str, list[dict]]:
+    """The splits of a public data set, downloaded or from --file."""
+    source = SOURCES[args.dataset]
+    reshape = as_instruction
+    if source.map:
+        reshape = functools.partial(map_columns, mapping=source.map, labels=source.labels)
+    files = locate_files(source, args.file, os.path.join(args.out, "raw"))
+    # skip_bad: some of Alpaca's outputs are empty.  ignored: what we do not use of these, we know
+    splits = {part: read_rows(path, skip_bad=True, reshape=reshape, ignored=set()) for part, path in files.items()}
+    return fill_missing_splits(source.choose(splits) if source.choose else splits, args.dataset)
+
+
+def read_own(args: Namespace) -> dict[str, list[dict]]:
+    """The splits of a file of any columns."""
+    reshape = functools.partial(map_columns, mapping=args.map, labels=args.labels) if args.map else as_instruction
+    rows = read_rows(args.dataset, args.skip_bad, reshape)
+    return fill_missing_splits({"train": rows}, args.dataset)
 
 
 def origin(args: Namespace) -> str:
@@ -339,13 +330,13 @@ def origin(args: Namespace) -> str:
     return args.dataset if args.dataset in ("tiny", *SOURCES) else os.path.abspath(args.dataset)
 
 
-def vacant(args: Namespace):
+def refuse_other_data(args: Namespace):
     """Raise ValueError if --out holds a data set of another origin: it would be lost, or mixed with this one."""
     marker = os.path.join(args.out, "prepared.json")
-    ours = args.out == TINY or os.path.exists(marker) and read_json(marker) == {"from": origin(args)}
-    there = [name for name in os.listdir(args.out) if is_split(name)] if os.path.isdir(args.out) else []
-    if there and not ours:
-        raise ValueError(f"{os.path.join(args.out, there[0])} is of another data set: --out names another folder")
+    is_ours = args.out == TINY or os.path.exists(marker) and read_json(marker) == {"from": origin(args)}
+    names = [name for name in os.listdir(args.out) if is_split_file(name)] if os.path.isdir(args.out) else []
+    if names and not is_ours:
+        raise ValueError(f"{os.path.join(args.out, names[0])} is of another data set: name another folder with --out")
 
 
 if __name__ == "__main__":

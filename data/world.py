@@ -1,8 +1,8 @@
 """Make the data set `tiny`: a small world of facts and word lists, and instructions about it.
 
-    python data/prepare.py tiny            # writes data/tiny/*.jsonl, a few seconds, always the same bytes
+    python -m data.prepare tiny            # writes data/tiny/*.jsonl, a few seconds, always the same bytes
 
-Two things come out, and the point is what keeps them apart:
+It makes a corpus for pretraining, and instructions for tuning.  What one holds and the other lacks is the point:
 
     pretrain/train.jsonl            statements, "the capital of peru is lima .", "the reverse of cat sun is sun cat ."
                                     Questions and commands occur among them, but never with their answer.
@@ -10,12 +10,12 @@ Two things come out, and the point is what keeps them apart:
     train.jsonl and others          instructions with answers,
                                     {"instruction": "what is the capital of peru ?", "input": "", "output": "lima"}
 
-So a model pretrained on the corpus has the knowledge, and no idea that an instruction wants an answer.  That is what
-tuning has to bring, and four tests say how well it did:
+So a model that was pretrained on the corpus knows the facts, but not that an instruction wants an answer.  Tuning has
+to teach it that.  Four sets of rows show how well it did:
 
     val.jsonl, test.jsonl     pairs of fact and phrasing (and word lists) that training left out
-    test_entities.jsonl       facts that no training row asks for: the corpus states them, so the backbone knows them
-    test_phrasings.jsonl      ways of asking that no training row uses; the corpus uses their words
+    test_entities.jsonl       facts that no training row asks about.  The corpus states them, so the backbone knows them
+    test_phrasings.jsonl      ways to ask that no training row uses.  The corpus uses their words
 """
 
 import json
@@ -24,11 +24,14 @@ import random
 from collections.abc import Iterable
 from random import Random
 
-from data import pieces, read_json, replacing, template, write_rows
+from data.files import write_rows
+from data.template import template
+from data.tokenizer import pieces
+from plumbing.files import read_json, replacing
 
 # -- The world ---------------------------------------------------------------------------------------------------------
-# A task is a few noun phrases ("cores") about some {x}.  Each makes statements, "CORE is Y .", and, with the openers
-# below, instructions, "what is CORE ?".  The last core of every task is kept for test_phrasings.
+# A task has a few noun phrases ("cores") about some {x}.  Each core makes statements, "CORE is Y .", and, with the
+# openers below, instructions, "what is CORE ?".  The last core of every task is kept for test_phrasings.
 
 COUNTRIES = """
 france paris europe, spain madrid europe, italy rome europe, germany berlin europe, portugal lisbon europe,
@@ -106,11 +109,11 @@ def table(text: str, column: int = -1) -> dict[str, str]:
 
 
 def cores(text: str) -> list[str]:
-    """Noun phrases, as they are written above, between slashes."""
+    """'the child of {x} / ...' -> ['the child of {x}', ...]."""
     return [core.strip() for core in text.split("/")]
 
 
-FACTS = {  # task: (pairs, what an {x} is called when it stands in `input`, cores)
+FACTS = {  # task: (pairs, what the instruction calls an {x} that stands in `input`, cores)
     "capital": (table(COUNTRIES, 1), "this country", cores(
         "the capital of {x} / the capital city of {x} / the chief city of {x} / the seat of government of {x}")),
     "continent": (table(COUNTRIES, 2), "this country", cores(
@@ -136,7 +139,7 @@ FACTS = {  # task: (pairs, what an {x} is called when it stands in `input`, core
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 
-SKILLS = {  # task: (what it does to a list of words, cores)
+SKILLS = {  # task: (how it changes a list of words, cores)
     "reverse": (lambda w: w[::-1], cores(
         "the reverse of {x} / {x} in reverse order / {x} backwards / {x} from back to front")),
     "first": (lambda w: w[:1], cores(
@@ -163,7 +166,7 @@ LIST_WORDS = sorted(set(table(TRANSLATIONS, 1)) | {k for k in (*table(OPPOSITES)
 
 
 def held_out(names: Iterable[str], seed: str) -> set[str]:
-    """A fifth of the names, the same ones every time."""
+    """A fifth of the names.  The same seed gives the same ones."""
     return set(random.Random(seed).sample(sorted(names), len(names) // 5))
 
 
@@ -184,36 +187,40 @@ def ask(rng: Random, core: str, x: str, noun: str, openers: list[str], task: str
 
 
 def fact_row(rng: Random, task: str, held_entity: bool = False, held_phrasing: bool = False) -> dict:
-    """An instruction about a fact; held: one that training leaves out."""
+    """An instruction about a fact.  held_entity, held_phrasing: about one, or in a way, that training leaves out."""
     pairs, noun, forms = FACTS[task]
     x = rng.choice(sorted(x for x in pairs if (x in HELD_ENTITIES[task]) == held_entity))
-    return ask(rng, *phrasing(rng, forms, held_phrasing, x, noun), task, pairs[x])
+    core, openers = phrasing(rng, forms, held_phrasing)
+    return ask(rng, core, x, noun, openers, task, pairs[x])
 
 
 def skill_row(rng: Random, task: str, held_entity: bool = False, held_phrasing: bool = False) -> dict:
-    """An instruction about a list of words; held: one that training leaves out."""
-    do, forms = SKILLS[task]
+    """An instruction about a list of words.  held_entity: with words that no training list has."""
+    change, forms = SKILLS[task]
     known = sorted(set(LIST_WORDS) - HELD_WORDS)
-    w = words(rng, known)
-    if held_entity:  # at least one word that no training list has, anywhere in the list
-        new = rng.sample(sorted(HELD_WORDS), rng.randint(1, len(w)))
-        w = rng.sample(new + rng.sample(known, len(w) - len(new)), len(w))
-    return ask(rng, *phrasing(rng, forms, held_phrasing, " ".join(w), "these words"), task, " ".join(do(w)))
+    x = words(rng, known)
+    if held_entity:  # at least one such word, anywhere in the list
+        new = rng.sample(sorted(HELD_WORDS), rng.randint(1, len(x)))
+        x = rng.sample(new + rng.sample(known, len(x) - len(new)), len(x))
+    core, openers = phrasing(rng, forms, held_phrasing)
+    return ask(rng, core, " ".join(x), "these words", openers, task, " ".join(change(x)))
 
 
-def phrasing(rng: Random, forms: list[str], held: bool, x: str, noun: str) -> tuple:
-    """Training takes all forms but the last, with OPENERS; what is held out has the last, or one of HELD_OPENERS."""
-    core, openers = rng.choice(forms[:-1]), OPENERS
-    if held and rng.random() < 0.5:
-        openers = HELD_OPENERS
-    elif held:
-        core = forms[-1]
-    return core, x, noun, openers
+def phrasing(rng: Random, forms: list[str], held: bool) -> tuple[str, list[str]]:
+    """(core, openers).  Training uses all cores but the last, with OPENERS.  held: the last core, or HELD_OPENERS."""
+    core = rng.choice(forms[:-1])
+    if not held:
+        return core, OPENERS
+    if rng.random() < 0.5:
+        return core, HELD_OPENERS
+    return forms[-1], OPENERS
 
 
 def instructions(seed: str, size: int, avoid: list[dict] | tuple = (), **held: bool) -> list[dict]:
-    """`size` different rows, tasks in turn, none of them among `avoid`."""
-    rng, seen, rows = random.Random(seed), {key(row) for row in avoid}, []
+    """`size` different rows, one task after another, none of them among `avoid`."""
+    rng = random.Random(seed)
+    seen = {key(row) for row in avoid}
+    rows = []
     tasks = [(fact_row, task) for task in FACTS] + [(skill_row, task) for task in SKILLS]
     while len(rows) < size:
         make, task = tasks[len(rows) % len(tasks)]
@@ -232,7 +239,7 @@ def key(row: dict) -> tuple[str, str]:
 
 
 # -- The corpus: statements, and instructions without answers ----------------------------------------------------------
-# Ways to state an answer.  {core} says of what, "the capital of peru"; {this} does not, "the capital of this country".
+# Ways to state a fact.  {core} names the {x}, "the capital of peru"; {this} does not, "the capital of this country".
 
 STATED = ["{core} is {y}", "{core} is {y}", "{core} would be {y}", "we know that {core} is {y}",
           "if you want {core} , it is {y}", "given {x} , {this} is {y}", "given {x} , {this} would be {y}",
@@ -240,21 +247,23 @@ STATED = ["{core} is {y}", "{core} is {y}", "{core} would be {y}", "we know that
 
 
 def fact_or_list(rng: Random, task: str) -> dict:
-    """Something the world says, as the fields of STATED."""
+    """The fields of a statement about a random fact or list, for a form of STATED."""
     if task in FACTS:
         pairs, noun, forms = FACTS[task]
         x = rng.choice(sorted(pairs))
         y = pairs[x]
     else:
-        do, forms = SKILLS[task]
-        w, noun = words(rng, LIST_WORDS), "these words"
-        x, y = " ".join(w), " ".join(do(w))
+        change, forms = SKILLS[task]
+        noun = "these words"
+        listed = words(rng, LIST_WORDS)
+        x = " ".join(listed)
+        y = " ".join(change(listed))
     core = rng.choice(forms)
     return {"core": core.format(x=x), "this": core.format(x=noun), "x": x, "y": y}
 
 
 def unanswered(rng: Random, task: str) -> str:
-    """An instruction as it will be asked, in any phrasing, but without "Response:" and what would follow."""
+    """An instruction in any phrasing, without "Response:" and without an answer."""
     make = fact_row if task in FACTS else skill_row
     row = make(rng, task, held_entity=rng.random() < 0.2, held_phrasing=rng.random() < 0.3)
     if rng.random() < 0.5:
@@ -263,19 +272,23 @@ def unanswered(rng: Random, task: str) -> str:
 
 
 def document(rng: Random) -> dict:
-    """A few sentences, each about another task: so what follows an instruction is never its answer."""
-    text, end = "", ""
+    """A few sentences, each about another task, so that what follows an instruction is never its answer."""
+    text = ""
+    end = ""
     for task in rng.sample([*FACTS, *SKILLS], rng.randint(2, 6)):
+        text += end
         if rng.random() < 0.15:
-            text, end = text + end + unanswered(rng, task), ""
+            text += unanswered(rng, task)
+            end = ""
         else:
             form = rng.choice(STATED) if rng.random() < 0.9 else "{y} is {core}"
-            text, end = text + end + " " + form.format(**fact_or_list(rng, task)), " ."
+            text += " " + form.format(**fact_or_list(rng, task))
+            end = " ."
     return {"prompt": "", "output": (text + end * (rng.random() < 0.5)).strip()}  # half of them end without a full stop
 
 
 def completion(rng: Random, task: str) -> dict:
-    """The beginning of a statement, after another one.  The text goes on after its output: so `end` is false."""
+    """The beginning of a statement, after another one.  Its text goes on after the output, so `end` is False."""
     other = STATED[0].format(**fact_or_list(rng, rng.choice([t for t in FACTS if t != task])))
     fields = fact_or_list(rng, task)
     start = rng.choice(STATED).format(**{**fields, "y": ""}).strip()
@@ -283,7 +296,7 @@ def completion(rng: Random, task: str) -> dict:
 
 
 def tiny(folder: str, corpus: int = 40_000) -> dict[str, int]:
-    """Write the data set `tiny` into a folder; returns {file: number of rows}."""
+    """Write the data set `tiny` into a folder, with `corpus` documents.  Returns {file: number of rows}."""
     rng = random.Random("corpus")
     train = instructions("train", 6400)
     test = instructions("test", 640, avoid=train)
@@ -294,7 +307,7 @@ def tiny(folder: str, corpus: int = 40_000) -> dict[str, int]:
         "test": test,
         "test_entities": instructions("entities", 640, held_entity=True),
         "test_phrasings": instructions("phrasings", 640, held_phrasing=True),
-        "train": train,  # last: where it is, the others are
+        "train": train,  # last: if it is there, the others are, too
     }
     text = [template(row) + " " + row["output"] for rows in files.values() for row in rows]
     vocabulary = os.path.join(folder, "words.json")

@@ -1,23 +1,30 @@
-"""What the tests share: small random models of both architectures, shaken tuners of every method, and the real models
-if present.
+"""What the tests share: small random models of both architectures, shaken tuners of every method, a short run of
+train.py, and the real models if they are present.
 """
 
+import contextlib
+import io
 import os
-import sys
 
 import pytest
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-from baselines import build  # noqa: E402
-from model import Config, Decoder  # noqa: E402
+import train
+from baselines import build
+from data import world
+from model import Config, Decoder
+from plumbing import cli
+from plumbing.checkpoint import RunFolder, load_checkpoint
 
 torch.set_num_threads(1)  # the models here are small: more threads only wait for each other
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(os.path.dirname(ROOT), "shared")
 ARCHS = ["gpt2", "llama"]
+
+SHIPPED = os.path.join(ROOT, "experiments", "results", "runs", "iapt")  # a run of train.py with its defaults
+# A run of train.py that takes a second.
+SMALL = "--steps 6 --eval-every 3 --batch-size 8 --val-rows 16 --test-rows 8 --device cpu".split()
 
 
 def shared(*path):
@@ -26,6 +33,9 @@ def shared(*path):
     if not os.path.exists(where):
         pytest.skip(f"needs {os.path.join('..', 'shared', *path)}")
     return where
+
+
+# -- Models and tuners -------------------------------------------------------------------------------------------------
 
 
 def shake(module, scale=0.3, seed=1):
@@ -55,10 +65,10 @@ def small_model(arch, **config):
     return shake(Decoder(Config(**{**sizes, "arch": arch, **config})), 0.3).requires_grad_(False)
 
 
-def small_tuner(method, model, given=()):
+def small_tuner(method, model, options=()):
     """A shaken tuner, attached.  It acts visibly on the model, so that a test of its effect can fail."""
     torch.manual_seed(0)
-    tuner = build(method, model.config, given)
+    tuner = build(method, model.config, options)
     tuner.start(model)
     tuner.attach(model)
     return shake(tuner, 0.1).eval()
@@ -75,3 +85,61 @@ def right_padded(lengths, width, vocab=50, seed=0):
 @pytest.fixture(params=ARCHS)
 def model(request):
     return small_model(request.param)
+
+
+# -- Runs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """tiny's instructions in a folder of their own."""
+    folder = str(tmp_path_factory.mktemp("rows"))
+    world.tiny(folder, corpus=10)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(rows, tmp_path_factory):
+    """The folder of a run of 30 steps, after which the model begins to answer."""
+    out = str(tmp_path_factory.mktemp("run") / "iapt")
+    train.main([*SMALL, "--steps", "30", "--eval-every", "15", "--lr", "1e-2", "--data", rows, "--out", out])
+    return out
+
+
+@pytest.fixture(scope="session")
+def short(rows, tmp_path_factory):
+    """The folder of a run of a few steps."""
+    out = str(tmp_path_factory.mktemp("run") / "short")
+    train.main([*SMALL, "--data", rows, "--out", out])
+    return out
+
+
+def tensors(run):
+    """The trained tensors that a run has saved last."""
+    return load_checkpoint(os.path.join(run, "last.pt"))["tuner"]
+
+
+def log_without_speed(run):
+    """The rows of a run's log.jsonl, without what depends on the machine."""
+    return [{key: x for key, x in row.items() if key != "tokens_per_s"} for row in RunFolder(run).read_log()]
+
+
+def same_run(a, b):
+    """Whether two runs have trained the same tensors and logged the same numbers."""
+    ours, theirs = tensors(a), tensors(b)
+    same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return same and log_without_speed(a) == log_without_speed(b)
+
+
+def run_in(script, *args):
+    """Exit status and output of a command, run in this process."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            cli.run(lambda: script.main([*args]))
+            status = 0
+        except SystemExit as e:
+            status = e.code if isinstance(e.code, int) else 1
+            if not isinstance(e.code, int):
+                print(e.code)
+    return status, out.getvalue()

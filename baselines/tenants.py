@@ -1,0 +1,239 @@
+"""Many tenants on one frozen model: in a batch, each row has its own checkpoint.
+
+    tenants = Tenants([tuner_a, tuner_b], tenant_of_row=[0, 0, 1])     # -1: the frozen model alone
+    tenants.attach(model)
+    generate(model, prompts, tenants)
+    tenants.detach()
+
+Methods, and numbers of soft tokens, may differ from row to row.  A tenant of a prompt method is asked once, when the
+prompts are read.  After that its soft tokens are entries of the cache, and a decode step asks nobody.  Tenants of IAPT
+with the same options, and as many rows each, are asked together, in one call a layer (`StackedIAPT`).
+A tenant with hooks (LoRA, adapters) works at every step, on its own rows.  That is the difference which the IAPT paper
+is about, and `python -m experiments.bench serve` measures it.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, stack_module_state, vmap
+
+from baselines.hooks import Hooked, LoRA
+from iapt import IAPT
+from model import NO_TUNER, Block, Decoder, Embedded, Soft, Tuner
+
+Part = tuple[list[int], Tuner]  # rows of the batch, and the tuner that is asked for them
+
+
+class Tenants(Tuner):
+    """Several tuners as one.  Masks what a row does not own.
+
+        tuners          one per tenant, not attached
+        tenant_of_row   (B,) the tenant of each row, or -1
+
+    In a beam search a row stands for its hypotheses, which are neighbours.  Raises ValueError for a tuner that changes
+    the model by other means than hooks, such as full fine-tuning, and for rows of tenants that do not exist.
+    """
+
+    def __init__(self, tuners: list[Tuner], tenant_of_row: Sequence[int] | Tensor):
+        super().__init__()
+        for tuner in tuners:
+            if type(tuner).attach is not Tuner.attach and not isinstance(tuner, Hooked):
+                raise ValueError(f"{type(tuner).__name__} changes the model itself: its tenants cannot share one")
+        self.register_buffer("tenant_of_row", torch.as_tensor(tenant_of_row), persistent=False)
+        owners = self.tenant_of_row.tolist()
+        if not all(-1 <= t < len(tuners) for t in owners):
+            raise ValueError(f"rows of tenants {sorted(set(owners))}, but there are {len(tuners)}")
+        self.tuners = nn.ModuleList(tuners)
+        self.rows = {t: [i for i, owner in enumerate(owners) if owner == t] for t in sorted(set(owners))}
+        self.parts, self.hooked = self.by_tenant(), []
+
+    def attach(self, model: Decoder):
+        """Tenants of IAPT, and of LoRA, that differ only in their weights act together; other hooks row by row.
+
+        The weights are copied now: train, and move to another device, before.
+        """
+        self.parts = self.stacked()
+        self.hooked = self.hooked_tuners()
+        for tuner in self.hooked:
+            tuner.attach(model)
+
+    def detach(self):
+        self.parts = self.by_tenant()
+        while self.hooked:
+            tuner = self.hooked.pop()
+            tuner.detach()
+            tuner.rows = None
+
+    def by_tenant(self) -> list[Part]:
+        """One part for each tenant."""
+        return [(rows, self.tuners[t] if t >= 0 else NO_TUNER) for t, rows in self.rows.items()]
+
+    def stacked(self) -> list[Part]:
+        """One part for each tenant, but for those of IAPT that differ only in their weights: one for all of them."""
+        groups = {}
+        for rows, tuner in self.by_tenant():
+            key = (len(rows), signature(tuner)) if type(tuner) is IAPT else id(rows)
+            groups.setdefault(key, []).append((rows, tuner))
+        return [
+            group[0] if len(group) == 1 else (sum((rows for rows, _ in group), []), StackedIAPT([t for _, t in group]))
+            for group in groups.values()
+        ]
+
+    def hooked_tuners(self) -> list[Hooked]:
+        """The tuners that put hooks on the model, LoRA's of several tenants as one."""
+        hooked = {t: tuner for t, tuner in enumerate(self.tuners) if isinstance(tuner, Hooked)}
+        if len(self.rows) == 1:  # one tenant: nothing to mix
+            return [tuner for t, tuner in hooked.items() if t in self.rows]
+        out, loras = [], {}
+        for t, tuner in hooked.items():
+            if isinstance(tuner, LoRA):
+                loras.setdefault(tuple(tuner.on), []).append(t)
+            else:
+                tuner.rows = self.tenant_of_row == t
+                out.append(tuner)
+        for members in loras.values():
+            member_of_row = [members.index(t) if t in members else -1 for t in self.tenant_of_row.tolist()]
+            out.append(BatchedLoRA([self.tuners[t] for t in members], member_of_row))
+        return out
+
+    def ask(self, x: Tensor, instr: Tensor) -> Iterator[tuple[list[int], Tuner, Tensor, Tensor]]:
+        """(rows, tuner, x and instr of these rows), part by part."""
+        for rows, tuner in self.parts:
+            yield rows, tuner, x[rows], instr[rows]
+
+    def embed(self, x: Tensor, instr: Tensor) -> Embedded:
+        B, T, C = x.shape
+        if B != len(self.tenant_of_row):
+            raise ValueError(f"{B} rows, but tenants of {len(self.tenant_of_row)}")
+        parts = [(rows, tuner.embed(x_part, instr_part)) for rows, tuner, x_part, instr_part in self.ask(x, instr)]
+        width = max(part.x.shape[1] for _, part in parts)
+        out = x.new_zeros(B, width, C)
+        at = torch.arange(T, device=x.device).repeat(B, 1)
+        visible = torch.zeros(B, width, dtype=torch.bool, device=x.device)
+        for rows, part in parts:  # a row with fewer soft tokens than others begins with invisible ones
+            missing = width - part.x.shape[1]
+            out[rows, missing:] = part.x.to(x.dtype)
+            at[rows] = missing + (at[rows] if part.at is None else part.at)
+            visible[rows, missing:] = True if part.visible is None else part.visible
+        return Embedded(out) if width == T else Embedded(out, at, visible)
+
+    def soft(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Soft | None, Soft | None]:
+        for hooked in self.hooked:  # soft tokens pass the frozen norm and projections, not those of another tenant
+            hooked.muted = True
+        parts = [
+            (rows, *tuner.soft(block, l, x_part, instr_part)) for rows, tuner, x_part, instr_part in self.ask(x, instr)
+        ]
+        for hooked in self.hooked:
+            hooked.muted = False
+        # A row without separate soft tokens sees zeros, which add nothing: a softmax over nothing is nan in some
+        # kernels.
+        joined = merge_rows([(rows, joined) for rows, joined, _ in parts], x, keep=False)
+        separate = merge_rows([(rows, separate) for rows, _, separate in parts], x, keep=True)
+        return joined, separate
+
+
+def merge_rows(parts: list[tuple[list[int], Soft | None]], x: Tensor, keep: bool) -> Soft | None:
+    """Soft tokens of some rows each, as those of the whole batch x (B, ..).
+
+    keep says whether rows without any see the zeros that stand in for them.
+    """
+    parts = [(rows, soft) for rows, soft in parts if soft is not None]
+    if not parts:
+        return None
+    _, G, _, D = parts[0][1].k.shape
+    P = max(soft.k.shape[2] for _, soft in parts)
+    k, v = x.new_zeros(len(x), G, P, D), x.new_zeros(len(x), G, P, D)
+    seen = torch.full((len(x), P), keep, device=x.device)
+    for rows, soft in parts:
+        n = soft.k.shape[2]
+        k[rows, :, :n], v[rows, :, :n] = soft.k.to(k.dtype), soft.v.to(v.dtype)
+        seen[rows] = False
+        seen[rows, :n] = soft.kept()
+    complete = sum(len(rows) for rows, _ in parts) == len(x) and all(
+        soft.keep is None and soft.k.shape[2] == P for _, soft in parts
+    )
+    return Soft(k, v, None if complete else seen)  # a mask that hides nothing costs time at every step
+
+
+class StackedIAPT(Tuner):
+    """N tenants of IAPT with the same `signature`, asked as one: of N R rows, row i is that of tenant i // R.
+
+    Their weights are stacked (copies: not for training), and `vmap` computes all tenants in as many kernels as one.
+    """
+
+    def __init__(self, tuners: list[IAPT]):
+        super().__init__()
+        self.separate, self.one = tuners[0].separate, AsForward(tuners[0])
+        self.weights, _ = stack_module_state([AsForward(tuner) for tuner in tuners])  # {name: (N, ..)}
+        self.N = len(tuners)
+
+    def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft:
+        def one_tenant(weights, x, instr):
+            # tie_weights would replace a module that layers share once for each of them, and leave it.
+            return functional_call(self.one, weights, (block, l, x, instr), tie_weights=False)
+
+        x, instr = x.unflatten(0, (self.N, -1)), instr.unflatten(0, (self.N, -1))
+        k, v = vmap(one_tenant)(self.weights, x, instr)
+        return Soft(k.flatten(0, 1), v.flatten(0, 1))
+
+
+class AsForward(nn.Module):
+    """A tuner's `kv` as a module's forward, which is what functional_call calls."""
+
+    def __init__(self, tuner: Tuner):
+        super().__init__()
+        self.tuner = tuner
+
+    def forward(self, *args) -> tuple[Tensor, Tensor]:
+        soft = self.tuner.kv(*args)
+        return soft.k, soft.v
+
+
+def signature(tuner: Tuner) -> str:
+    """All that its soft tokens depend on but the values of its parameters, as text to compare."""
+    shapes = [(name, p.shape, p.dtype, p.requires_grad) for name, p in tuner.named_parameters()]
+    settings = [
+        (name, type(m), {key: value for key, value in vars(m).items() if key[0] != "_"})
+        for name, m in tuner.named_modules()
+    ]
+    return repr((shapes, settings))
+
+
+class BatchedLoRA(Hooked):
+    """LoRA tenants on the same linear layers: each row's own two matrices, in two batched products.
+
+    Ranks may differ (the smaller ones get zeros); row -1 has no update.  The weights are copies: not for training.
+    """
+
+    def __init__(self, loras: list[LoRA], member_of_row: list[int]):
+        super().__init__()
+        r = max(a.shape[0] for lora in loras for a in lora.A)
+        self.like = loras[0]
+        # Per linear layer (B, in, r) and (B, r, out): gathered once, ready to multiply.
+        self.A = [
+            gather([F.pad(a.T, (0, r - len(a))) for a in site], member_of_row) for site in zip(*(x.A for x in loras))
+        ]
+        self.B = [
+            gather([F.pad(x.scale * b.T, (0, 0, 0, r - b.shape[1])) for x, b in zip(loras, site)], member_of_row)
+            for site in zip(*(x.B for x in loras))
+        ]
+
+    def attach(self, model: Decoder):
+        for (linear, _, _), a, b in zip(self.like.sites(model), self.A, self.B):
+            a, b = a.to(linear.weight.dtype), b.to(linear.weight.dtype)  # as LoRA is served: no casts at each step
+            self.hook(linear, lambda x, y, a=a, b=b: self.update(x, y, a, b))
+
+    def update(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """y + x a b by rows: x (B K, T, in), y (B K, T, out), a (B, in, r), b (B, r, out), for K beams a row."""
+        beams = len(x) // len(a)
+        if beams > 1:
+            a, b = a.repeat_interleave(beams, 0), b.repeat_interleave(beams, 0)
+        return torch.baddbmm(y, torch.bmm(x, a), b)
+
+
+def gather(matrices: list[Tensor], index: list[int]) -> Tensor:
+    """matrices[i] for each i of the index (B, .., ..); zeros where it is -1."""
+    return F.pad(torch.stack([m.detach() for m in matrices]), (0, 0, 0, 0, 0, 1))[index]

@@ -1,0 +1,360 @@
+"""Rows from files, and to files.
+
+    load_splits(where)    {"train": rows, "val": rows, "test": rows, ...} of a folder or a file
+    read_rows(path)       rows of one file; formats.py has the formats
+
+A row is a dict of
+
+    instruction, input, output    texts; input may be missing or empty
+    history                       earlier turns, if any: [{"role": "system", "content": "be brief"}, ...]
+    task                          the name of its task, if it has one
+    prompt, output                in place of the three texts: plain text, for pretraining
+    end                           False if the text goes on after output
+
+`from_known_format` makes such rows of other shapes.  A column that nothing uses is left out, and named once on standard
+error.  So is a data file that nothing uses.
+"""
+
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from data.formats import READABLE, READABLE_TEXT, read_records
+from data.template import template
+from plumbing import distributed
+from plumbing.files import replacing
+
+# -- Rows of a file ----------------------------------------------------------------------------------------------------
+
+
+def read_rows(
+    path: str, skip_bad: bool = False, reshape: Callable | None = None, ignored: set[str] | None = None
+) -> list[dict]:
+    """Rows of a file.
+
+    skip_bad    leave out rows that cannot be used, and count them on standard error
+    reshape     takes the place of `from_known_format`
+    ignored     receives the names of unused columns.  Without it, they are printed
+
+    Raises ValueError with the file and the line for what is not a row.
+    """
+    unused = set() if ignored is None else ignored
+    rows = []
+    bad = []
+    for place, record in read_records(path, KNOWN, unused):
+        try:
+            rows.append(as_row(record, reshape or from_known_format, unused))
+        except (ValueError, RecursionError) as e:
+            bad.append(f"{path}, {place}: {e}")
+            if not skip_bad:
+                raise ValueError(f"{bad[0]} (--skip-bad leaves such rows out)") from None
+    if bad and not rows:
+        raise ValueError(f"{path} has no row that can be used. The first: {bad[0]}")
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    if bad:
+        warn(f"left out {len(bad):,} of {len(bad) + len(rows):,} rows. The first: {bad[0]}")
+    if ignored is None:
+        name_ignored(unused)
+    return rows
+
+
+def as_row(record: object, reshape: Callable, ignored: set[str]) -> dict:
+    """A row from what a file holds.  Raises ValueError for what is not a row, or has nothing to learn."""
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError(f"it has {str(record)[:80]}; it needs instruction and output")
+    row = reshape(record, ignored)
+    texts = [(key, row[key]) for key in ("instruction", "prompt", "input", "output") if key in row]
+    for name, text in texts + [(turn["role"], turn["content"]) for turn in row.get("history", [])]:
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is {text!r}"[:80] + ", and should be text")
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise ValueError(f"{name} has half of a character, or a byte that is not UTF-8: {ascii(text)[:60]}")
+    if not row["output"].strip():
+        raise ValueError("output is empty: there is nothing to learn")
+    return row
+
+
+def column_names(columns: dict | list) -> str:
+    """The names of columns, for a message of one line."""
+    return ", ".join(str(name) if str(name).isprintable() else ascii(name) for name in columns) or "nothing"
+
+
+def name_ignored(columns: set[str]):
+    """Name unused columns on standard error."""
+    if columns:
+        warn(f"ignored columns: {column_names(sorted(columns))}")
+
+
+def warn(message: str):
+    """Print a line on standard error.  Of several processes, only the first one does."""
+    if distributed.RANK == 0:
+        print(message, file=sys.stderr)
+
+
+def write_rows(path: str, rows: list[dict]):
+    """Write rows to a .jsonl file, atomically."""
+    with replacing(path) as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+# -- Columns -----------------------------------------------------------------------------------------------------------
+
+TEXTS = {  # what others call the three texts.  Of several, the first that is not empty is used
+    "instruction": ("instruction", "question", "query", "prompt"),
+    "input": ("input", "context"),
+    "output": ("output", "response", "answer", "completion"),
+}
+CHATS = ("messages", "conversations", "conversation")
+SYSTEM = ("system", "system_prompt")
+KNOWN = {*sum(TEXTS.values(), ()), *CHATS, *SYSTEM, "history", "task", "mr", "ref"}
+ROLES = {"human": "user", "prompter": "user", "developer": "system"}
+ROLES |= {name: "assistant" for name in ("gpt", "chatgpt", "model", "bot", "chatbot", "ai")}
+
+
+def from_known_format(record: dict, ignored: set[str] | None = None) -> dict:
+    """A row from a record of a well-known shape.  Raises ValueError for any other.
+
+    Names of columns are compared without case and outer spaces.  What is not used is added to `ignored`.
+    """
+    columns = fold_names(record)  # those that have not been used yet
+    if isinstance(columns.get("prompt"), list) and isinstance(columns.get("completion"), list):
+        columns["messages"] = columns.pop("prompt") + columns.pop("completion")
+    turns = [Turn("system", as_text(take(columns, SYSTEM)))]
+    turns += read_turns(take(columns, ("history",)), "history", columns)
+    chat = read_turns(take(columns, CHATS), "messages", columns)
+    turns = [turn for turn in turns + chat if turn.content or turn.role != "system"]
+    if chat:
+        row, turns = split_chat(turns)
+    else:
+        row = take_texts(columns, record, plain=not turns)
+    if turns:
+        row["history"] = [{"role": turn.role, "content": turn.content} for turn in turns]
+    if not is_empty(columns.get("task")) and not isinstance(columns["task"], list | dict):
+        row["task"] = as_text(columns.pop("task"))
+    if isinstance(columns.get("end"), bool):
+        row["end"] = columns.pop("end")
+    if ignored is not None:
+        ignored.update(name for name, value in columns.items() if not is_empty(value))
+    return row
+
+
+def fold_names(record: dict) -> dict:
+    """The same columns, their names without case and outer spaces."""
+    columns = {}
+    for key, value in record.items():
+        name = str(key).strip().casefold()
+        if name in columns:
+            raise ValueError(f"it has the column {name[:80]!r} twice")
+        columns[name] = value
+    return columns
+
+
+def is_empty(value: object) -> bool:
+    """Whether a column says nothing."""
+    return value is None or value == "" or value == [] or value == {}
+
+
+def take(columns: dict, names: tuple) -> object:
+    """Remove the first of these columns that is not empty, and return its value; None if all are empty."""
+    name = next((name for name in names if not is_empty(columns.get(name))), None)
+    return columns.pop(name, None)
+
+
+def as_text(value: object) -> object:
+    """null, true and 3 as "", "true" and "3".  A list or an object stays what it is: it is not text."""
+    return "" if value is None else value if isinstance(value, str | list | dict) else json.dumps(value)
+
+
+def take_texts(columns: dict, record: dict, plain: bool) -> dict:
+    """Remove the columns of the three texts, and return them as a row.  plain: prompt and output may be plain text."""
+    if "mr" in columns:  # the E2E data: restaurants
+        output = columns.pop("ref", None)
+        return {"instruction": "Describe the restaurant.", "input": columns.pop("mr"), "output": output}
+    names = {}
+    for key, others in TEXTS.items():
+        present = [name for name in others if name in columns]
+        names[key] = min(present, key=lambda name: is_empty(columns[name]), default=None)
+    if not names["instruction"] or not names["output"]:
+        raise ValueError(
+            f"it has {column_names(record)[:80]}; it needs instruction and output (python -m data.prepare FILE --map"
+            " instruction=COLUMN output=COLUMN makes them of other columns)"
+        )
+    row = {key: columns.pop(name) for key, name in names.items() if name}
+    if plain and names["instruction"] == "prompt" and names["output"] == "output" and is_empty(row.get("input")):
+        return {"prompt": row["instruction"], "output": row["output"]}
+    for key in row:
+        if names[key] != key or key == "input" and row[key] is None:  # under our own names, only text is a text
+            row[key] = as_text(row[key])
+    return row
+
+
+# -- Chats -------------------------------------------------------------------------------------------------------------
+
+
+class Turn(NamedTuple):
+    """What one side says in a chat.  An answer of weight 0 is read, but not learned."""
+
+    role: str
+    content: str
+    weight: float = 1.0
+
+
+def read_turns(chat: object, column: str, columns: dict) -> list[Turn]:
+    """Turns of a list of {role, content} or {from, value}, or of pairs [question, answer].
+
+    Unused keys of the messages are added to `columns`, as "messages.name".
+    """
+    if isinstance(chat, str):  # a table's cell
+        try:
+            chat = json.loads(chat)
+        except ValueError:
+            raise ValueError(f"{column} is {chat[:60]!r}, and should be a list in JSON") from None
+    if chat is not None and not isinstance(chat, list):
+        raise ValueError(f"{column} is {str(chat)[:60]}, and should be a list")
+    turns = []
+    for message in chat or []:
+        if isinstance(message, list) and len(message) == 2:
+            turns += [Turn("user", as_text(message[0])), Turn("assistant", as_text(message[1]))]
+            continue
+        parts = fold_names(message) if isinstance(message, dict) else {}
+        role = take(parts, ("role", "from"))
+        content = next((parts.pop(name) for name in ("content", "value") if name in parts), None)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError(f"a turn of its {column} has no role and content, both text: {str(message)[:60]}")
+        role = role.strip().casefold()
+        turns.append(Turn(ROLES.get(role, role), content, as_weight(parts.pop("weight", None))))
+        columns.update({f"{column}.{name}": value for name, value in parts.items() if not is_empty(value)})
+    return turns
+
+
+def as_weight(value: object) -> float:
+    """The weight of a message; 1 if it has none."""
+    try:
+        return 1.0 if value is None else float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"a message has the weight {str(value)[:40]!r}, and should have a number") from None
+
+
+def split_chat(turns: list[Turn]) -> tuple[dict, list[Turn]]:
+    """(row, earlier turns) of a chat.  The last answer that counts is what is learned, what follows it is left out."""
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and i > 0]
+    if not any(turn.role != "system" for turn in turns[: max(answers, default=0)]):
+        roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
+        raise ValueError(f"its messages have no answer of an assistant to anything. Their roles: {roles[:80]}")
+    answers = [i for i in answers if turns[i].weight != 0]
+    if not answers:
+        raise ValueError("each answer of its messages has weight 0: there is nothing to learn")
+    *earlier, question, answer = turns[: answers[-1] + 1]
+    if question.role != "user":
+        return {"instruction": "", "input": "", "output": answer.content}, [*earlier, question]
+    return {"instruction": question.content, "input": "", "output": answer.content}, earlier
+
+
+# -- Splits ------------------------------------------------------------------------------------------------------------
+
+SPLITS = {"training": "train", "trainset": "train", "testset_w_refs": "test"}  # E2E's names, and others
+SPLITS |= {name: name for name in ("train", "val", "test")}
+SPLITS |= {name: "val" for name in ("valid", "validation", "dev", "devset", "eval")}
+BINARY = (".parquet", ".arrow", ".feather", ".h5", ".db", ".sqlite", ".xls", ".xlsx", ".ods", ".pkl", ".npz")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
+OURS = ("prepared.json", "config.json", "words.json")  # in a folder beside the rows
+
+
+def load_splits(where: str, skip_bad: bool = False) -> dict[str, list[dict]]:
+    """The splits of a data set: {"train": rows, "val": rows, "test": rows, "test_...": rows}.
+
+    `where` is a file, or a folder with a file for train and, if there are, val, test and test_*.  E2E's folder may have
+    devset.csv alone, which is then train.  What is missing of train, val and test is split off, a tenth each.
+    """
+    ignored = set()
+    if os.path.isfile(where):
+        splits = {"train": read_rows(where, skip_bad, ignored=ignored)}
+    elif os.path.isdir(where):
+        paths = find_splits(where)
+        splits = {split: read_rows(path, skip_bad, ignored=ignored) for split, path in paths.items()}
+    else:
+        raise FileNotFoundError(
+            f"no data at {where}: --data takes tiny, a folder with train.jsonl, or a {READABLE_TEXT} file"
+            " (python -m data.prepare makes a folder of a public data set, or of a file of yours)"
+        )
+    name_ignored(ignored)
+    return fill_missing_splits(splits, where)
+
+
+def find_splits(folder: str) -> dict[str, str]:
+    """{split: path} of a folder.  Data files that are none of a split are named on standard error."""
+    names = sorted(os.listdir(folder))
+    paths = {}
+    unused = []
+    only_devset = "devset.csv" in names and "train" not in map(split_name, names)
+    for name in names:
+        split = "train" if only_devset and name == "devset.csv" else split_name(name)
+        if split is None or not os.path.isfile(os.path.join(folder, name)):
+            unused += [name] * looks_like_data(name)
+        elif split in paths:
+            other = os.path.basename(paths[split])
+            raise ValueError(f"{folder} has {split} twice, as {other} and {name}: remove one of them")
+        else:
+            paths[split] = os.path.join(folder, name)
+    if "train" not in paths:
+        content = column_names(names[:20])
+        raise FileNotFoundError(f"no data in {folder}: no train.jsonl, .ndjson, .json, .csv or .tsv. It has {content}")
+    if unused:
+        warn(f"not used: {column_names(unused)} (of {folder}, which has {column_names(list(paths))})")
+    return paths
+
+
+def split_name(name: str) -> str | None:
+    """The split that a file holds, by its name; None if it is no split that we can read."""
+    stem, extension = os.path.splitext(name.lower())
+    if extension not in READABLE:
+        return None
+    return SPLITS.get(stem, stem if stem.startswith("test_") else None)
+
+
+def is_split_file(name: str) -> bool:
+    """Whether a file of a data set's folder, by its name, holds one of its splits."""
+    return split_name(name) is not None
+
+
+def looks_like_data(name: str) -> bool:
+    """Whether a file's name is that of data: by its extension, or because it is called train, validation, ..."""
+    first, extension = name.lower().split(".")[0], os.path.splitext(name.lower())[1]
+    if name in OURS or name.startswith(".") or extension in (".tmp", ".part", ".py", ".sh", ".md"):
+        return False
+    return extension in (*READABLE, *BINARY, *COMPRESSED) or first in SPLITS
+
+
+def fill_missing_splits(splits: dict[str, list[dict]], where: str) -> dict[str, list[dict]]:
+    """Splits, with what is missing of train, val and test split off from train by instruction, a tenth each."""
+    splits = dict(splits)
+    if not any(name.startswith("test") for name in splits):
+        splits["train"], splits["test"] = split_by_instruction(splits["train"])
+    if "val" not in splits:
+        splits["train"], splits["val"] = split_by_instruction(splits["train"])
+    if not all(splits.values()):
+        raise ValueError(f"{where} has too few different instructions to split off a tenth for each of val and test")
+    return {name: splits[name] for name in sorted(splits, key=lambda name: (name.startswith("test"), name))}
+
+
+def split_by_instruction(rows: list[dict], seed: int = 0, share: float = 0.1) -> tuple[list[dict], list[dict]]:
+    """(the rest, a share) of rows, so that the same instruction never stands on both sides."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(template(row) or row["output"], []).append(row)
+    keys = list(groups)
+    random.Random(seed).shuffle(keys)
+    n = max(1, round(len(keys) * share))
+    return [row for key in keys[n:] for row in groups[key]], [row for key in keys[:n] for row in groups[key]]
+
+
+def label_words(rows: list[dict], limit: int = 10) -> list[str]:
+    """The outputs of rows, if they are so few, and so often the same, that they are classes; else none."""
+    words = sorted({row["output"].strip() for row in rows})
+    return words if 2 <= len(words) <= limit and len(rows) >= 10 * len(words) else []

@@ -1,0 +1,170 @@
+"""The text that a model reads and continues: one plain layout for every model, or the chat template of its tokenizer.
+
+template(row)                      the plain layout, as text
+make_template("plain", tokenizer)  the plain layout, as token ids
+make_template("chat", tokenizer)   the layout that an instruction-tuned model knows: its tokenizer's Jinja template
+"""
+
+import datetime
+import importlib.metadata
+import json
+import re
+from collections.abc import Callable
+
+from data.tokenizer import Tokenizer
+
+SEPARATOR = " "  # between "Response:" and the answer
+
+
+def template(row: dict) -> str:
+    """The plain layout: what a model reads before it answers.  " " + output follows, then the end of the text.
+
+    Earlier turns stand before the instruction.  Their authors are named, unless there is just one question.
+    """
+    if "instruction" not in row:
+        return row["prompt"]
+    text = row["instruction"]
+    if row.get("history"):
+        turns = [(turn["role"], turn["content"]) for turn in row["history"]] + [("user", text)] * bool(text)
+        single = sum(role != "system" for role, _ in turns) == 1
+        text = "\n".join(content if single else f"{role.capitalize()}: {content}" for role, content in turns)
+    middle = f"Input: {row['input']}\n" if row.get("input") else ""
+    return f"Instruction: {text}\n{middle}Response:"
+
+
+class Template:
+    """The plain layout as token ids.  A subclass is another layout."""
+
+    def prompt_ids(self, row: dict, tokenizer: Tokenizer) -> list[int]:
+        """Ids of what is read: everything before the answer."""
+        return tokenizer.prompt(template(row))
+
+    def response_ids(self, row: dict, tokenizer: Tokenizer) -> list[int]:
+        """Ids of what is learned: the row's output, and the id that ends it."""
+        return tokenizer.encode(SEPARATOR + row["output"].rstrip()) + [self.end_id(tokenizer)] * row.get("end", True)
+
+    def end_id(self, tokenizer: Tokenizer) -> int:
+        """The id that ends an answer."""
+        return tokenizer.end
+
+    def tail_size(self, tokenizer: Tokenizer) -> int:
+        """How many tokens stand after a prompt's last text.  They stay when a prompt is shortened."""
+        return len(tokenizer.encode("\nResponse:"))
+
+    def answer_text(self, ids: list[int], tokenizer: Tokenizer) -> str:
+        """The answer in generated ids, as `output` would have it: its indentation stays."""
+        return decode_after(":", ids, tokenizer).removeprefix(SEPARATOR).rstrip()
+
+
+class ChatTemplate(Template):
+    r"""The tokenizer's chat template.  Raises ValueError if there is none, or if it cannot be used.
+
+    Names of special tokens are special where the template writes them, and text where a row has them.
+
+    end     id of the first special token that the template writes after an answer
+    lead    text that it writes between the prompt and an answer, if any ("<think>\n\n</think>\n\n")
+    close   text between an answer and its end, if any
+    tail    text between the user's last word and an answer
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        if not tokenizer.chat_template:
+            raise ValueError("--template chat: this model's tokenizer has no chat template. Leave the option out")
+        names = {**tokenizer.roles, "bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+        self.names = {role: name for role, name in names.items() if name}
+        self.jinja = compile_jinja(tokenizer.chat_template)
+        question = [{"role": "user", "content": "QUESTION"}]
+        asked = self._render(question, True, tokenizer)
+        answered = self._render([*question, {"role": "assistant", "content": "ANSWER"}], False, tokenizer)
+        before, found, after = answered.rpartition("ANSWER")
+        if not found or "QUESTION" not in asked:
+            raise ValueError("--template chat: this model's chat template leaves out what a user or the model says")
+        self.lead = before.removeprefix(asked) if before.startswith(asked) else ""
+        self.tail = asked.rpartition("QUESTION")[2]
+        ends = [(after.find(name), -len(name), name) for name in tokenizer.special if name in after]
+        place, _, name = min(ends, default=(0, 0, None))
+        self.close = after[:place]
+        self.end = tokenizer.special.get(name, tokenizer.end)
+
+    def prompt_ids(self, row: dict, tokenizer: Tokenizer) -> list[int]:
+        if "instruction" not in row:  # plain text
+            return super().prompt_ids(row, tokenizer)
+        request = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
+        turns = row.get("history", []) + [{"role": "user", "content": request}] * bool(request)
+        return tokenizer.encode_chat(self._render(turns, True, tokenizer))
+
+    def response_ids(self, row: dict, tokenizer: Tokenizer) -> list[int]:
+        if "instruction" not in row:
+            return super().response_ids(row, tokenizer)
+        text = self.lead + tokenizer.protect(row["output"].rstrip()) + self.close
+        ids = tokenizer.encode_chat(self.tail + text)
+        tail = tokenizer.encode_chat(self.tail)
+        # As a continuation of the prompt, whose ids do not depend on the answer: they must not be merged with its own.
+        ids = ids[len(tail) :] if ids[: len(tail)] == tail else tokenizer.encode_chat(text)
+        return ids + [self.end] * row.get("end", True)
+
+    def end_id(self, tokenizer: Tokenizer) -> int:
+        return self.end
+
+    def tail_size(self, tokenizer: Tokenizer) -> int:
+        return len(tokenizer.encode_chat(self.tail))
+
+    def answer_text(self, ids: list[int], tokenizer: Tokenizer) -> str:
+        return decode_after(":", ids, tokenizer).removeprefix(self.lead).rstrip()
+
+    def _render(self, turns: list[dict], add_generation_prompt: bool, tokenizer: Tokenizer) -> str:
+        turns = [{key: tokenizer.protect(text) for key, text in turn.items()} for turn in turns]
+        try:
+            return self.jinja(
+                messages=turns, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self.names
+            )
+        except Exception as e:  # it is a program of the model's author, and may fail in any way
+            raise ValueError(f"the model's chat template refuses this ({type(e).__name__}: {e})") from None
+
+
+PLAIN = Template()
+
+
+def make_template(name: str, tokenizer: Tokenizer) -> Template:
+    """The template that --template names, "plain" or "chat"."""
+    return ChatTemplate(tokenizer) if name == "chat" else PLAIN
+
+
+def decode_after(context: str, ids: list[int], tokenizer: Tokenizer) -> str:
+    """The text of ids that continue another text: at a text's beginning, SentencePiece would leave out a space."""
+    before = tokenizer.encode(context)
+    return tokenizer.decode(before + ids)[len(tokenizer.decode(before)) :]
+
+
+def compile_jinja(source: str) -> Callable[..., str]:
+    """A chat template as a function of its variables, run in a sandbox with the settings that transformers uses."""
+    try:
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ModuleNotFoundError("--template chat needs the package jinja2: pip install jinja2") from None
+    version = importlib.metadata.version("jinja2")
+    if [int(number) for number in re.findall(r"\d+", version)[:3]] < [3, 1, 6]:  # a template could leave the sandbox
+        raise ModuleNotFoundError(f"--template chat needs jinja2 3.1.6 or newer, not {version}: pip install -U jinja2")
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def strftime_now(layout):
+        return datetime.datetime.now().strftime(layout)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    # transformers' own tag {% generation %} marks the answers, and prints what is inside it.
+    source = re.sub(r"({%[-+]?\s*)generation(\s*[-+]?%})", r"\1if true\2", source)
+    source = re.sub(r"({%[-+]?\s*)endgeneration(\s*[-+]?%})", r"\1endif\2", source)
+    try:
+        return environment.from_string(source).render
+    except jinja2.TemplateError as e:
+        raise ValueError(f"--template chat: this model's chat template cannot be read ({e})") from None

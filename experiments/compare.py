@@ -1,0 +1,488 @@
+"""Every method on the same work, at the same number of trained parameters: one command a table.
+
+    python -m experiments.compare tiny                    # tiny, p3, e2e, alpaca: TABLES below
+    python -m experiments.compare p3 --jobs 2             # two runs side by side
+    python -m experiments.compare p3 --methods iapt,constants,lora-mlp --seeds 5
+    python -m experiments.compare p3 --steps 600          # options of train.py go to every run
+
+The protocol, the same for every method:
+
+    1. Its size is the one whose trained parameters are nearest to the budget.
+    2. Its learning rate is the one of RATES with the lowest validation loss (seed 0, multiples of the method's own).
+    3. All seeds are trained at that rate.
+    4. Test rows are scored once, after that.  What was found on each row is saved, for each seed.
+    5. A difference between two methods is taken on the same rows; its interval is a bootstrap over rows and seeds.
+
+No choice sees a test row.  Interrupted, the same command continues; with other methods or more seeds, it adds them.
+
+A map of this file: TABLES and ROWS; sized; the work of one process (train_one, score_one); the controls; Comparison,
+which runs all of it; difference, the bootstrap; report.
+"""
+
+import functools
+import os
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import train
+from baselines import METHODS, build, spell_out
+from data import Example, evenly_spaced, p3
+from data.scores import score_examples
+from data.tokenizer import Tokenizer
+from experiments.ablations import ABLATIONS, mean_output, swapped_instruction
+from experiments.bench import machine
+from model import Config
+from plumbing.checkpoint import Diverged, RunFolder, load_checkpoint, load_into
+from plumbing.cli import Parser, at_least, pick_device, run
+from plumbing.files import read_json, replacing, write_json
+from plumbing.hub import find_model
+from plumbing.pretrained import read_config
+
+
+class Table(NamedTuple):
+    """The work of one table."""
+
+    options: str  # of train.py
+    budget: int  # trained parameters
+
+
+TABLES = {
+    "tiny": Table("--steps 800 --eval-every 200", 16_000),
+    "p3": Table(
+        "--init HuggingFaceTB/SmolLM2-135M-Instruct --data data/p3 --truncate --block-size 320 --val-rows 0"
+        " --steps 300 --batch-size 8 --eval-every 100",
+        225_000,
+    ),
+    "e2e": Table(
+        "--init HuggingFaceTB/SmolLM2-135M-Instruct --data data/e2e --steps 300 --batch-size 8 --eval-every 100",
+        225_000,
+    ),
+    "alpaca": Table(
+        "--init HuggingFaceTB/SmolLM2-135M-Instruct --data data/alpaca --truncate --block-size 320 --steps 300"
+        " --batch-size 8 --eval-every 100",
+        225_000,
+    ),
+}
+
+
+class Row(NamedTuple):
+    """A row of a table: a method, its options, and the option that sets its size ("": it has one size)."""
+
+    method: str
+    options: str = ""
+    size: str = ""
+    largest: int = 10**6
+
+
+ROWS = {
+    "iapt": Row("iapt", "", "m"),
+    "paper-iapt": Row("paper-iapt", "", "m"),
+    "constants": Row("constants", "", "P"),  # IAPT without its generator: what is reading the instruction worth?
+    "ptuning2": Row("ptuning2", "", "P"),
+    "prefix": Row("prefix", "P=10", "hidden"),
+    "prompt": Row("prompt", "", "P", 40),  # each soft token is one more position in every layer
+    "dynamic": Row("dynamic", "pool=4", "P", 20),
+    "capt": Row("capt"),
+    "lora-qv": Row("lora", "on=q,v alpha=4", "r"),
+    "lora-mlp": Row("lora", "on=mlp alpha=4", "r"),
+    "lora-all": Row("lora", "on=all alpha=4", "r"),
+    "adapter": Row("adapter", "", "m"),
+    "full": Row("full"),
+}
+ROWS.update({name: Row(name, "", "m") for name in ABLATIONS if name not in ROWS})
+RATES = (0.25, 0.5, 1.0, 2.0)
+
+
+# -- Sizes -------------------------------------------------------------------------------------------------------------
+
+
+def count(config: Config, method: str, options: list[str]) -> int:
+    """Trained parameters."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(method, config, options).parameters())
+
+
+def sized(config: Config, name: str, budget: int) -> tuple[list[str], int]:
+    """A row's options, so that as nearly as possible `budget` parameters are trained, and how many are."""
+    method, options, size, largest = ROWS[name]
+    options = options.split()
+    if not size:
+        return options, count(config, method, options)
+
+    def at(n):
+        return count(config, method, [*options, f"{size}={n}"])
+
+    step = at(2) - at(1)  # every method grows by the same number of parameters each time
+    n = min(max(1, 1 + round((budget - at(1)) / step)), largest)
+    return [*options, f"{size}={n}"], at(n)
+
+
+# -- The work of one process -------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def open_session(options: tuple[str, ...]) -> train.Session:
+    """The model and the rows, opened once in a process."""
+    args = train.parse(list(options))
+    device, dtype, _ = pick_device(args.device, args.dtype)
+    return train.open_session(args, device, dtype)
+
+
+def train_one(options: list[str], own: list[str], folder: str) -> dict:
+    """Train, or continue; leaves trained.json.  `own` are the options of this run beside those of the table."""
+    path = os.path.join(folder, "trained.json")
+    if os.path.exists(path):
+        return same_run(path, [*options, *own])
+    session = open_session(tuple(options))
+    files = RunFolder(folder)
+    args = train.parse([*options, *own, "--out", folder, "--resume" if files.can_resume() else "--force"])
+    files.lock(args.force)
+    tuner, meta = train.new_tuner(args, session)
+    if session.model.wte.weight.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    clock = time.perf_counter()
+    tuner.attach(session.model)
+    try:
+        train.train(session.model, tuner, session.examples, args, meta)
+    except Diverged as e:  # a rate can be too high: what had been saved until then counts, if anything had
+        print(e)
+    finally:
+        tuner.detach()
+    val = load_checkpoint(files.best)["val"] if os.path.exists(files.best) else 1e9
+    log = files.read_log()
+    result = {
+        "options": [*options, *own], "val": val, "curve": [[row["step"], row["val"]] for row in log],
+        "trainable": sum(p.numel() for p in tuner.parameters()), "seconds": time.perf_counter() - clock,
+        "tokens_per_s": statistics.median([row["tokens_per_s"] for row in log] or [0]),
+        "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if session.model.wte.weight.is_cuda else None,
+    }  # fmt: skip
+    write_json(path, result)
+    for name in (files.last, files.previous):  # the optimizer's state is twice the size of the rest
+        if os.path.exists(name):
+            os.remove(name)
+    return result
+
+
+def score_one(options: list[str], own: list[str], folder: str) -> str:
+    """Score best.pt on every row of the test sets, or the frozen model if there is none; leaves scores.npz.
+
+    Its arrays are named TEST/nats, /wrong (tokens that greedy decoding gets wrong) and /tokens; "plain" is the text
+    that has nothing to do with the task.  A method that reads the instruction is scored again with another row's
+    instruction (TEST/swapped) and with the mean of what it writes (TEST/mean).
+    """
+    path = os.path.join(folder, "scores.npz")
+    if os.path.exists(path):
+        return path
+    session = open_session(tuple(options))
+    args = train.parse([*options, *own, "--out", folder])
+    tuner = None
+    if os.path.exists(best := os.path.join(folder, "best.pt")):
+        tuner, _ = train.new_tuner(args, session)
+        load_into(tuner, load_checkpoint(best), best)
+        tuner.attach(session.model)
+        tuner.eval()
+    arrays, model = {}, session.model
+    sets = {name: session.examples[name] for name in session.tests}
+    if session.tokenizer.vocab_size > 5000:  # tiny's model has never seen English
+        sets["plain"] = plain_examples(session.tokenizer)
+    for name, examples in sets.items():
+        nats, wrong = score_examples(model, examples, tuner)
+        arrays |= {f"{name}/nats": nats.float().numpy(), f"{name}/wrong": wrong.numpy().astype(np.int32)}
+        arrays[f"{name}/tokens"] = np.array([len(response) for _, response in examples], np.int32)
+        arrays[f"{name}/family"] = np.array([task_family(row) for row in session.rows.get(name, [])])
+    if len(getattr(tuner, "generators", ())):
+        controls = {
+            "swapped": swapped_instruction(tuner),
+            "mean": mean_output(tuner, model, evenly_spaced(session.examples["val"], 256)),
+        }
+        for control, context in controls.items():
+            with context:
+                for name in session.tests:
+                    arrays[f"{name}/{control}"] = score_examples(model, sets[name], tuner)[0].float().numpy()
+    if tuner is not None:
+        tuner.detach()
+    os.makedirs(folder, exist_ok=True)
+    with replacing(path, "wb") as f:
+        np.savez_compressed(f, **arrays)
+    return path
+
+
+def plain_examples(tokenizer: Tokenizer) -> list[Example]:
+    """64 passages of English that no task asks about, of 64 tokens that are read and 128 that are predicted.
+
+    They are Python's own help topics, which every Python has; another version may word some of them otherwise.
+    """
+    from pydoc_data.topics import topics
+
+    ids = [tokenizer.encode(text) for _, text in sorted(topics.items())]
+    return [Example(text[:64], text[64:192]) for text in ids if len(text) >= 192][:64]
+
+
+def same_run(path: str, options: list[str]) -> dict:
+    """A run's trained.json.  Raises ValueError if it is of a run with other options, which must not stand for this."""
+    content = read_json(path)
+    if content.get("options") != options:
+        raise ValueError(f"{path} is of a run with other options: --out names another folder, or remove it")
+    return content
+
+
+def start_process(threads: int):
+    """Before a process of the pool works: its share of the cores, and no progress bars."""
+    METHODS.update(ABLATIONS)
+    torch.set_num_threads(threads)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+# -- All of it ---------------------------------------------------------------------------------------------------------
+
+
+class Comparison:
+    """The runs of one table."""
+
+    def __init__(self, args: Namespace):
+        self.args = args
+        table = TABLES[args.table]
+        self.options = [*table.options.split(), *args.rest]
+        model_args = train.parse(self.options)
+        config = read_config(os.path.join(find_model(model_args.init), "config.json"))
+        self.sizes = {name: sized(config, name, args.budget or table.budget) for name in args.methods}
+
+    def folder(self, name: str, rate: float = 0.0, seed: int = 0) -> str:
+        return os.path.join(self.args.out, "runs", f"{name}-lr{rate:.2e}-seed{seed}" if rate else name)
+
+    def own(self, name: str, rate: float, seed: int) -> list[str]:
+        """A run's options, all of them spelled out, so that no run from before a default changed stands for it."""
+        method = ROWS[name].method
+        options = spell_out(method, self.sizes[name][0])
+        return ["--method", method, "--seed", str(seed), "--lr", repr(rate), *(["-o", *options] if options else [])]
+
+    def measure(self, name: str, pool: ProcessPoolExecutor, bar: tqdm) -> dict:
+        """A method's rate, runs and scores."""
+
+        def submit(rate, seed):
+            future = pool.submit(train_one, self.options, self.own(name, rate, seed), self.folder(name, rate, seed))
+            future.add_done_callback(lambda _: bar.update())
+            return future
+
+        lr = METHODS[ROWS[name].method].lr
+        trials = {lr * multiple: submit(lr * multiple, 0) for multiple in self.args.rates}
+        vals = {rate: future.result()["val"] for rate, future in trials.items()}
+        rate = min(vals, key=vals.get)
+        runs = [trials[rate], *(submit(rate, seed) for seed in range(1, self.args.seeds))]
+        runs = [future.result() for future in runs]
+        row = {
+            "method": name, "options": " ".join(self.sizes[name][0]), "trainable": runs[0]["trainable"], "lr": rate,
+            "search": vals, "val": [r["val"] for r in runs], "curves": [r["curve"] for r in runs],
+            "tokens_per_s": statistics.median(r["tokens_per_s"] for r in runs),
+            "seconds": statistics.median(r["seconds"] for r in runs), "peak_mb": runs[0]["peak_mb"], "seeds": len(runs),
+        }  # fmt: skip
+        if not self.args.validate_only:
+            seeds = range(self.args.seeds)
+            jobs = [(self.options, self.own(name, rate, seed), self.folder(name, rate, seed)) for seed in seeds]
+            row["scores"] = [future.result() for future in [pool.submit(score_one, *job) for job in jobs]]
+        return row
+
+    def run(self) -> list[dict]:
+        """Rows of the table; what is finished is saved after each."""
+        threads = max(1, torch.get_num_threads() // self.args.jobs)
+        runs = (len(self.args.rates) + self.args.seeds - 1) * len(self.args.methods)
+        rows = []
+        with ProcessPoolExecutor(self.args.jobs, get_context("spawn"), start_process, (threads,)) as pool:
+            with tqdm(total=runs, unit="run", dynamic_ncols=True) as bar:
+                frozen = None
+                if not self.args.validate_only:
+                    frozen = pool.submit(score_one, self.options, [], self.folder("frozen"))
+                with ThreadPoolExecutor(len(self.args.methods)) as threads_of_methods:
+                    futures = [threads_of_methods.submit(self.measure, name, pool, bar) for name in self.args.methods]
+                    try:
+                        for future in as_completed(futures):
+                            rows.append(future.result())
+                            self.save(rows, frozen)
+                    except BaseException:  # Ctrl-C has reached the runs, too: they save, and no other begins
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        raise
+        return rows
+
+    def save(self, rows: list[dict], frozen: Future | None):
+        """Write what is known: compare.json, and scores.npz with the arrays of all runs, named METHOD/SEED/..."""
+        common = {"table": self.args.table, "options": " ".join(self.options), "machine": machine()}
+        write_json(os.path.join(self.args.out, "compare.json"), {**common, "rows": rows}, indent=1)
+        if frozen is not None:
+            arrays = {f"frozen/0/{key}": x for key, x in np.load(frozen.result()).items()}
+            for row in rows:
+                for seed, path in enumerate(row["scores"]):
+                    arrays |= {f"{row['method']}/{seed}/{key}": x for key, x in np.load(path).items()}
+            with replacing(os.path.join(self.args.out, "scores.npz"), "wb") as f:
+                np.savez_compressed(f, **arrays)
+
+
+# -- Differences -------------------------------------------------------------------------------------------------------
+
+
+def per_token(nats: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Nats per token of rows drawn `weights` (K, N) times: nats (N,) -> (K,)."""
+    return (weights @ nats) / (weights @ tokens)
+
+
+def difference(
+    a: list[np.ndarray], b: list[np.ndarray], tokens: np.ndarray, same_runs: bool = False, draws: int = 2000
+) -> tuple[float, float, float]:
+    """Nats per token of method a minus those of method b, and a 95 % interval: (mean, low, high).
+
+    a and b have an array of nats per row (N,) for each seed.  The bootstrap draws rows, the same ones for both, and
+    seeds: for each method its own, unless a and b are the same runs.
+    """
+    rng = np.random.default_rng(0)
+    a, b = np.stack(a), np.stack(b)
+    n = len(tokens)
+    ones = np.ones((1, n))
+    mean = per_token(a.mean(0), tokens, ones)[0] - per_token(b.mean(0), tokens, ones)[0]
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # how often each row is drawn
+    means, seeds = [], None
+    for x in (a, b):
+        if seeds is None or not same_runs:
+            seeds = rng.integers(len(x), size=(draws, len(x)))
+        by_seed = np.stack([per_token(seed, tokens, weights) for seed in x])  # (seeds, draws)
+        means.append(by_seed[seeds, np.arange(draws)[:, None]].mean(1))
+    low, high = np.quantile(means[0] - means[1], (0.025, 0.975))
+    return mean, low, high
+
+
+def task_family(row: dict) -> str:
+    """What a row is about: its task, in p3 the data set behind it."""
+    task = row.get("task", "")
+    return p3.family(task)
+
+
+class Scores:
+    """The arrays of a scores.npz, by method, seed and test set."""
+
+    def __init__(self, path: str):
+        self.arrays = dict(np.load(path))
+        keys = [key.split("/") for key in self.arrays]
+        self.seeds = {method: sorted({int(seed) for m, seed, *_ in keys if m == method}) for method, *_ in keys}
+        self.tests = list(dict.fromkeys(test for *_, test, what in keys if what == "nats" and test != "plain"))
+
+    def get(self, method: str, test: str, what: str = "nats") -> list[np.ndarray]:
+        """An array of N rows for each seed; none if the method was not scored so."""
+        keys = [f"{method}/{seed}/{test}/{what}" for seed in self.seeds[method]]
+        return [self.arrays[key] for key in keys if key in self.arrays]
+
+    def tokens(self, test: str) -> np.ndarray:
+        return self.arrays[f"frozen/0/{test}/tokens"]
+
+    def nats(self, method: str, test: str, what: str = "nats") -> float:
+        """Nats per token, mean over seeds."""
+        return float(np.mean([x.sum() / self.tokens(test).sum() for x in self.get(method, test, what)]))
+
+    def exact(self, method: str, test: str) -> float:
+        """Percent of rows answered exactly, mean over seeds."""
+        return 100 * float(np.mean([(x == 0).mean() for x in self.get(method, test, "wrong")]))
+
+    def macro(self, method: str, test: str) -> float:
+        """Nats per token, mean over task families."""
+        tokens, families = self.tokens(test), self.arrays[f"frozen/0/{test}/family"]
+        masks = [families == family for family in np.unique(families)]
+        return float(np.mean([[x[m].sum() / tokens[m].sum() for m in masks] for x in self.get(method, test)]))
+
+
+def report(rows: list[dict], scores: Scores, reference: str) -> Iterator[str]:
+    """Tables in Markdown: scores, differences to the reference method, and the controls."""
+    tests, plain = scores.tests, bool(scores.get("frozen", "plain"))
+    yield " | ".join(["| method", "trained", "rate", *tests, *["plain text"] * plain]) + " |"
+    yield "|---|---|---|" + "---|" * (len(tests) + plain)
+    order = sorted(rows, key=lambda row: scores.nats(row["method"], tests[0]))
+    for row in [*order, {"method": "frozen", "trainable": 0, "lr": 0}]:
+        name = row["method"]
+        cells = [f"{scores.nats(name, t):.3f} ({scores.exact(name, t):.1f} %)" for t in tests]
+        if plain:
+            cells.append(f"{scores.nats(name, 'plain') - scores.nats('frozen', 'plain'):+.3f}")
+        yield f"| {name} | {row['trainable']:,} | {row['lr']:.1e} | {' | '.join(cells)} |"
+    yield "\nNats per token (rows answered exactly); plain text: the rise of the loss on text without a task.\n"
+    yield f"| minus {reference} | " + " | ".join(tests) + " | mean over families |"
+    yield "|---|" + "---|" * (len(tests) + 1)
+    for row in order:
+        name = row["method"]
+        if name == reference or reference not in scores.seeds:
+            continue
+        cells = []
+        for t in tests:
+            mean, low, high = difference(scores.get(name, t), scores.get(reference, t), scores.tokens(t))
+            cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
+        t = tests[0]
+        macro = scores.macro(name, t) - scores.macro(reference, t)
+        yield f"| {name} | {' | '.join(cells)} | {macro:+.3f} |"
+    yield "\nDifferences of nats per token on the same rows, with 95 % intervals: above 0, the reference is better.\n"
+    yield "| at inference | " + " | ".join(tests) + " |"
+    yield "|---|" + "---|" * len(tests)
+    for row in order:
+        for what, label in (("swapped", "another row's instruction"), ("mean", "the mean of what it writes")):
+            name = row["method"]
+            if scores.get(name, tests[0], what):
+                cells = []
+                for t in tests:
+                    mean, low, high = difference(
+                        scores.get(name, t, what), scores.get(name, t), scores.tokens(t), same_runs=True
+                    )
+                    cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
+                yield f"| {name}: {label} | {' | '.join(cells)} |"
+
+
+def parse(argv: list[str] | None = None) -> Namespace:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("table", choices=list(TABLES), help="which work")
+    add("--methods", default="iapt,paper-iapt,constants,ptuning2,prefix,prompt,lora-qv,lora-mlp,lora-all,adapter",
+        help=", ".join(ROWS))  # fmt: skip
+    add("--seeds", type=at_least(1), default=3, help="runs at the chosen rate")
+    add("--rates", type=float, nargs="+", default=list(RATES), help="multiples of a method's own learning rate to try")
+    add("--budget", type=at_least(1), help="trained parameters (default: the table's)")
+    add("--reference", default="iapt", help="the method that differences are taken to")
+    add("--validate-only", action="store_true", help="choose rates; score no test row")
+    add("--jobs", type=at_least(1), default=1, help="runs side by side")
+    add("--out", help="folder of the results (default: out/compare/TABLE)")
+    args, args.rest = parser.parse_known_args(argv)
+    args.out = args.out or os.path.join("out", "compare", args.table)
+    args.methods = args.methods.split(",")
+    for name in args.methods:
+        if name not in ROWS:
+            parser.error(f"no method {name!r}. There are: {', '.join(ROWS)}")
+    if not all(0 < rate < 1e6 for rate in args.rates):
+        parser.error(f"--rates must be above 0, got {args.rates}")
+    given, plain = train.parse([*args.rest, "--out", args.out]), train.parse(["--out", args.out])
+    for own in ("method", "o", "seed", "lr", "resume", "force"):
+        if getattr(given, own) != getattr(plain, own):
+            parser.error(f"-{'-' * (own != 'o')}{own} is set run by run")
+    return args
+
+
+def main(argv: list[str] | None = None):
+    METHODS.update(ABLATIONS)  # here, and in the processes that do the work
+    args = parse(argv)
+    os.makedirs(args.out, exist_ok=True)
+    comparison = Comparison(args)
+    rows = comparison.run()
+    if args.validate_only:
+        for row in sorted(rows, key=lambda row: row["val"][0]):
+            search = ", ".join(f"{rate:.1e}: {val:.3f}" for rate, val in row["search"].items())
+            print(f"{row['method']:20} {row['trainable']:9,}  {row['val'][0]:.4f}   {search}   {row['options']}")
+        return
+    lines = list(report(rows, Scores(os.path.join(args.out, "scores.npz")), args.reference))
+    lines.append(f"\n{args.seeds} seeds, {machine()}.")
+    with replacing(os.path.join(args.out, "compare.md")) as f:
+        f.write("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run(main)

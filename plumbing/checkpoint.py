@@ -1,0 +1,191 @@
+"""What a run leaves on disk.
+
+    save_tuner, load_checkpoint, load_into    a checkpoint: the trained tensors and what they are for, nothing frozen
+    RunFolder                                 a run's folder: best.pt, last.pt, previous.pt (last.pt before its last
+                                              save), log.jsonl, and a lock that keeps other runs out
+
+Every file is written completely or not at all.  Reading a checkpoint runs no code that is in it.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import zipfile
+
+import torch
+
+from model import Tuner
+from plumbing.files import refuse_lfs_pointer, replacing
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCKS = {}  # path -> open file of every lock that this process holds
+
+
+def save_tuner(path: str, tuner: Tuner, meta: dict, **more):
+    """Write a checkpoint: the trained tensors, and `meta`, which says what they are.
+
+    `more` is saved beside them.  torch.load must be able to read it without running code.
+    """
+    content = io.BytesIO()
+    torch.save({"tuner": tuner.state_dict(), "meta": meta, **more}, content)
+    with replacing(
+        path, "wb"
+    ) as f:  # not torch.save(..., path): it would hide the system's reason, such as a full disk
+        f.write(content.getbuffer())
+
+
+def load_checkpoint(path: str) -> dict:
+    """The content of a checkpoint, or of best.pt in a run's folder: "tuner" {name: CPU tensor}, "meta", and what else
+    was saved.
+
+    Raises FileNotFoundError if there is none, ValueError for a file that is not a checkpoint.
+    """
+    path = os.path.join(path, "best.pt") if os.path.isdir(path) else path
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no checkpoint at {path}. Run: python train.py")
+    refuse_lfs_pointer(path)
+    try:
+        with zipfile.ZipFile(path) as z:
+            # torch.load ignores the checksums that torch.save wrote, and reads zeros for an entry marked as a folder.
+            if z.testzip() or any(entry.external_attr for entry in z.infolist()):
+                raise zipfile.BadZipFile
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        meta = content["meta"]
+        tensors = content["tuner"]
+        texts = [meta["method"], meta["init"], meta["base"], *meta["options"], *tensors]
+        if not all(isinstance(text, str) for text in texts) or not all(map(torch.is_tensor, tensors.values())):
+            raise TypeError
+    except Exception as e:  # torch.load raises many kinds of errors
+        raise ValueError(f"{path} is not a checkpoint of train.py, or was cut off ({type(e).__name__})") from None
+    return content
+
+
+def load_into(tuner: Tuner, content: dict, path: str):
+    """Copy a checkpoint's tensors into a tuner.  Raises ValueError, which names `path`, if they do not fit."""
+    try:
+        tuner.load_state_dict(content["tuner"])
+    except RuntimeError as e:
+        raise ValueError(f"{path} does not fit this model: {str(e).splitlines()[-1].strip()[:200]}") from None
+
+
+class Diverged(ValueError):
+    """The loss is no longer a finite number."""
+
+
+class RunFolder:
+    """The files of one run: `best`, `last`, `previous` and `log` are their paths."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.best = os.path.join(path, "best.pt")
+        self.last = os.path.join(path, "last.pt")
+        self.previous = os.path.join(path, "previous.pt")
+        self.log = os.path.join(path, "log.jsonl")
+
+    def holds_run(self) -> bool:
+        """Whether a run has left any of its files here."""
+        return any(map(os.path.exists, (self.best, self.last, self.previous, self.log)))
+
+    def can_resume(self) -> bool:
+        """Whether there is a checkpoint to resume from."""
+        return os.path.exists(self.last) or os.path.exists(self.previous)
+
+    def refuse_unless(self, resume: bool, force: bool):
+        """Raise FileExistsError if there is a run that would be lost, FileNotFoundError if there is none to resume."""
+        if resume and not self.can_resume():
+            raise FileNotFoundError(f"--resume: there is no run at {self.path}")
+        if self.holds_run() and not (resume or force):
+            raise FileExistsError(
+                f"{self.path} holds a run: --resume continues it, --force starts again, --out names another folder"
+            )
+
+    def lock(self, force: bool = False):
+        """Make the folder and lock it until this process ends.  With `force`, remove the run that is in it.
+
+        Raises OSError if the folder cannot be written, FileExistsError if another process has locked it.
+        """
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
+            raise FileExistsError(f"{self.path} is a file, and not a folder: --out names another one")
+        os.makedirs(self.path, exist_ok=True)
+        path = os.path.abspath(os.path.join(self.path, "lock"))
+        if fcntl and path not in LOCKS:
+            handle = open(path, "w")  # noqa: SIM115  (stays open until the process ends)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                handle.close()
+                raise FileExistsError(f"another run is writing to {self.path}: --out names another folder") from None
+            LOCKS[path] = handle
+        if force:
+            for path in (self.last, self.best, self.log, self.previous):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
+
+    def save_last(self, tuner: Tuner, meta: dict, **more):
+        """Write last.pt.  What it was before becomes previous.pt."""
+        if os.path.exists(self.last):
+            tmp = f"{self.previous}.{os.getpid()}.tmp"
+            try:
+                os.link(self.last, tmp)
+            except OSError:  # a file system without hard links
+                shutil.copy(self.last, tmp)
+            os.replace(tmp, self.previous)
+        save_tuner(self.last, tuner, meta, **more)
+
+    def load_for_resume(self, meta: dict) -> dict:
+        """The content of last.pt, or of previous.pt if last.pt is damaged.
+
+        Raises ValueError if the run that saved it differs from this one in any entry of `meta`.
+        """
+        path = self.last
+        try:
+            content = load_checkpoint(path)
+        except (ValueError, FileNotFoundError) as e:
+            path = self.previous
+            if not os.path.exists(path):
+                raise
+            content = load_checkpoint(path)
+            print(f"{e}; going on from {path}, step {content.get('state', {}).get('step')}", file=sys.stderr)
+        if "optimizer" not in content or "state" not in content:
+            raise ValueError(f"--resume: {path} is a checkpoint without the optimizer's state: it cannot be resumed")
+        for key, value in meta.items():
+            saved = content["meta"].get(key)
+            if saved != value:
+                raise ValueError(f"--resume: {key} was {saved!r} in {path}, now it is {value!r}")
+        return content
+
+    def read_log(self) -> list[dict]:
+        """The rows of log.jsonl; none if there is no log.  A last line that was not finished is left out."""
+        if not os.path.exists(self.log):
+            return []
+        with open(self.log, encoding="utf-8") as f:
+            lines = [line for line in f if line.endswith("\n")]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as e:
+            raise ValueError(f"{self.log} has a broken line ({e})") from None
+
+    def append_log(self, row: dict):
+        """Add a row to log.jsonl."""
+        with open(self.log, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def assert_finite(self, loss: float, step: int, lr: float):
+        """Raise Diverged if the loss is no finite number: nothing of this step is saved."""
+        if not math.isfinite(loss):
+            saved = f"{self.best} is intact" if os.path.exists(self.best) else "nothing had been saved yet"
+            raise Diverged(f"loss is {loss} at step {step}, --lr {lr:g}; {saved}. Try --lr {lr / 4:.1g}")
+
+    def truncate_log(self, step: int):
+        """Drop the rows of log.jsonl that were written after `step`; at step 0, all of them."""
+        rows = [row for row in self.read_log() if row["step"] <= step] if step else []
+        with replacing(self.log) as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)

@@ -1,0 +1,151 @@
+"""Command lines: options, devices, and errors of one line.
+
+A user's mistake becomes one line on standard error that says what is wrong and what to type.  The exit status is 2 if
+the command has to change, and 1 if something else has to (a file, the disk, the memory).
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+
+class UsageError(ValueError):
+    """An invalid command line."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the script's docstring as it is written, and each option's default after its help."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        no_default = action.default in (None, argparse.SUPPRESS, "", []) or action.default is False
+        if no_default or "(default" in text:
+            return text
+        return f"{text} (default: %(default)s)".lstrip()
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that accepts no abbreviated options and reports an error in one line, with exit status 2."""
+
+    def __init__(self, **settings):
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **settings})
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} ({self.prog} --help shows the options)\n")
+
+
+def at_least(least: int | float) -> Callable[[str], int | float]:
+    """The type of an option that is a finite number of the type of `least`, not below it."""
+
+    def parse(text: str) -> int | float:
+        value = type(least)(text)
+        if not least <= value < 2**40:  # nor nan; a seed is multiplied by a million
+            raise argparse.ArgumentTypeError(f"must be from {least} to 2^40, got {text}")
+        return value
+
+    parse.__name__ = "whole number" if type(least) is int else "number"  # for argparse's own message
+    return parse
+
+
+class SignalGuard:
+    """Notes Ctrl-C and SIGTERM, for a loop to act on between two steps.  The second one acts at once."""
+
+    def __enter__(self):
+        self.stop_requested = False
+        self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame):
+        self.stop_requested = True
+        signal.signal(number, self.handlers[number])
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def run(main: Callable[[], object]):
+    """Run a script's main().  A user's mistake is printed as one line; with --debug, its traceback is shown, too."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    for stream in (sys.stdout, sys.stderr):  # a console that lacks a character shows its code
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as e:
+        out_of_memory = isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
+        if debug or (isinstance(e, RuntimeError) and not out_of_memory):
+            raise
+        if out_of_memory:
+            peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0
+            peak = f", {peak:.1f} GB at the peak" if peak else ""
+            e = f"out of memory{peak}. Try a smaller --batch-size, --grad-accum, --block-size or --checkpoint"
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, UsageError) else 1)
+
+
+# -- Words with weights ------------------------------------------------------------------------------------------------
+
+# The least weight of a shade, and its colours (ANSI codes of background and text).
+SHADES = ((0.4, "48;5;25;38;5;231"), (0.2, "48;5;68;38;5;231"), (0.1, "48;5;111;38;5;16"), (0.05, "48;5;153;38;5;16"))
+
+
+def shade_words(words: list[str], weights: torch.Tensor, color: bool) -> Iterator[str]:
+    """What each soft token reads, weights (L, P, T), as lines of text: the words, darker where the weight is larger.
+
+    Without color: the words with a weight of 0.05 or more, and their weights.
+    """
+    for l, layer in enumerate(weights, 1):
+        for p, row in enumerate(layer.tolist(), 1):
+            if color:
+                shades = [next((shade for least, shade in SHADES if w >= least), "0") for w in row]
+                text = "".join(f"\x1b[{shade}m{word}\x1b[0m" for word, shade in zip(words, shades))
+            else:
+                ranked = sorted(zip(row, words), reverse=True)
+                text = "  ".join(f"{word.strip()} {w:.2f}" for w, word in ranked if w >= SHADES[-1][0])
+            yield f"layer {l:2}, token {p}:  {text}"
+
+
+# -- Devices -----------------------------------------------------------------------------------------------------------
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Device(NamedTuple):
+    """Where a model runs, the dtype of its frozen weights, and the reason for that dtype."""
+
+    device: str
+    dtype: torch.dtype
+    reason: str
+
+
+def add_device_options(parser: argparse.ArgumentParser):
+    """Add --device and --dtype, the arguments of `pick_device`."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="dtype of the frozen weights")
+
+
+def pick_device(device: str = "auto", dtype: str = "auto") -> Device:
+    """The device and dtype to use.  "auto" is the GPU if there is one, and bf16 where the device computes in it.
+
+    Raises UsageError for a device that does not exist.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"--device {device}: there is no such device. Try cpu, cuda, cuda:1, ...") from None
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: this PyTorch sees no CUDA device. Leave the option out to use the CPU")
+    if dtype != "auto":
+        return Device(device, DTYPES[dtype], "as asked")
+    if device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0):
+        return Device(device, torch.bfloat16, "this GPU computes in it")
+    return Device(device, torch.float32, "the safe choice on this device")

@@ -1,0 +1,73 @@
+"""Files that are written completely or not at all, and JSON whose errors name the file."""
+
+import contextlib
+import json
+import os
+import shutil
+
+
+@contextlib.contextmanager
+def replacing(path: str, mode: str = "w"):
+    """Open `path` for writing.  After a crash it holds all of the old content or all of the new."""
+    tmp = f"{path}.{os.getpid()}.tmp"
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(tmp, mode, **text) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        if os.path.exists(tmp):
+            os.remove(tmp)
+
+
+def read_text(path: str) -> str:
+    """The text of a file.  Raises ValueError, with the file's name, if it is not UTF-8."""
+    refuse_lfs_pointer(path)
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return f.read()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 ({e.reason})") from None
+
+
+def read_json(path: str):
+    """The content of a JSON file.  Raises ValueError, with the file's name, if it is not JSON."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON ({str(e)[:80]})") from None
+
+
+def write_json(path: str, content: object, indent: int | None = None):
+    """Write `content` as JSON, atomically."""
+    with replacing(path) as f:
+        json.dump(content, f, indent=indent, ensure_ascii=False)
+        f.write("\n")
+
+
+def refuse_lfs_pointer(path: str):
+    """Raise ValueError for a Git LFS pointer, the three lines that a clone without git-lfs has for a large file."""
+    with open(path, "rb") as f:
+        if f.read(64).startswith(b"version https://git-lfs.github.com/spec/"):
+            raise ValueError(f"{path} is a Git LFS pointer, and not the file itself: run git lfs pull in its folder")
+
+
+def no_duplicate_keys(pairs: list[tuple]) -> dict:
+    """A JSON object as a dict, for json's object_pairs_hook.  Raises ValueError if a key occurs twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"it has the key {str(twice)[:80]!r} twice")
+    return content
+
+
+def copy_tokenizer(source: str, folder: str):
+    """Copy the files of a model's folder that describe its tokenizer."""
+    for name in os.listdir(source):
+        kind = os.path.splitext(name)[1]
+        if kind in (".json", ".model", ".txt", ".jinja") and "config.json" != name and "index" not in name:
+            shutil.copy(os.path.join(source, name), folder)

@@ -1,0 +1,394 @@
+"""Hugging Face folders of GPT-2 and LLaMA models, read and written.
+
+    load_pretrained(folder)          -> Decoder            config.json and model.safetensors, shards, or a .bin file
+    save_pretrained(folder, model)                         writes config.json and model.safetensors
+    read_config(path)                -> Config             of a config.json
+    open_tensors(folder)             -> {name: LazyTensor} shapes now, values when they are read
+    read_safetensors(path), write_safetensors(path, tensors)
+
+No weights library is needed: a safetensors file is a JSON header and bytes.  What is worth reading are the tables of
+names.  Loading asserts that every tensor of ours is filled, that every tensor of the files is used or known to be a
+leftover, and that all shapes agree: weights that half fit are an error, never a bad model.  Tensors are read and
+converted one at a time, so loading takes little more memory than the model.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model import Config, Decoder
+from plumbing.files import no_duplicate_keys, read_json, refuse_lfs_pointer, replacing, write_json
+
+
+class LazyTensor(NamedTuple):
+    """A tensor in a file: its shape, and a function that reads it."""
+
+    shape: torch.Size
+    read: Callable[[], Tensor]
+
+    def equals(self, other: "LazyTensor") -> bool:
+        """Whether two tensors hold the same values in the same dtype."""
+        x = self.read()
+        y = other.read()
+        return x.dtype == y.dtype and torch.equal(x, y)
+
+
+# -- Names of tensors: theirs -> ours ----------------------------------------------------------------------------------
+# Several of ours: the file fuses them along the output axis.  "conv:" marks GPT-2's Conv1D, whose weight is (in, out).
+# A module's weight and bias go together.  The head is not in the tables, because it may be tied to the embedding.
+
+GPT2 = {
+    "wte": "wte",
+    "wpe": "wpe",
+    "h.{l}.ln_1": "h.{l}.ln_1",
+    "h.{l}.attn.c_attn": "conv: h.{l}.attn.q h.{l}.attn.k h.{l}.attn.v",
+    "h.{l}.attn.c_proj": "conv: h.{l}.attn.o",
+    "h.{l}.ln_2": "h.{l}.ln_2",
+    "h.{l}.mlp.c_fc": "conv: h.{l}.mlp.up",
+    "h.{l}.mlp.c_proj": "conv: h.{l}.mlp.down",
+    "ln_f": "ln_f",
+}
+LLAMA = {
+    "embed_tokens": "wte",
+    "layers.{l}.input_layernorm": "h.{l}.ln_1",
+    **{f"layers.{{l}}.self_attn.{x}_proj": f"h.{{l}}.attn.{x}" for x in "qkvo"},
+    "layers.{l}.post_attention_layernorm": "h.{l}.ln_2",
+    **{f"layers.{{l}}.mlp.{x}_proj": f"h.{{l}}.mlp.{x}" for x in ("gate", "up", "down")},
+    "norm": "ln_f",
+}
+TABLES = {"gpt2": ("transformer.", GPT2), "llama": ("model.", LLAMA)}  # the prefix, of everything but the head
+HEAD = "lm_head.weight"
+# Buffers that old versions of transformers saved.
+LEFTOVERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+
+def name_pairs(config: Config) -> Iterator[tuple[str, list[str], bool]]:
+    """(their module, our modules, whether theirs is a Conv1D) for every module of a model but its head."""
+    prefix, table = TABLES[config.arch]
+    for theirs, ours in table.items():
+        conv = ours.startswith("conv: ")
+        for l in range(config.n_layer) if "{l}" in theirs else [0]:
+            yield prefix + theirs.format(l=l), ours.removeprefix("conv: ").format(l=l).split(), conv
+
+
+def load_pretrained(folder: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Decoder:
+    """The model of a Hugging Face folder.  Raises FileNotFoundError or ValueError, naming what does not fit."""
+    config, theirs = open_model_tensors(folder)
+    try:
+        with torch.device("meta"):  # shapes only: nothing is allocated or initialised that the files will replace
+            model = Decoder(config)
+    except RuntimeError as e:
+        raise ValueError(f"{folder}: no model can have the sizes of its config.json ({str(e)[:80]})") from None
+    ours = {name: x.shape for name, x in model.state_dict().items()}
+    filled = {}
+
+    def copy_in(name, modules, part, transposed=False):
+        """Copy one of their tensors into one or several of ours."""
+        shapes = [ours[f"{module}.{part}"] for module in modules]
+        shape = torch.Size([sum(shape[0] for shape in shapes), *shapes[0][1:]])
+        if name not in theirs:
+            raise ValueError(f"{folder} lacks {name}")
+        x = theirs.pop(name)
+        if x.shape != (shape[::-1] if transposed else shape):
+            raise ValueError(f"{folder}: {name} has shape {tuple(x.shape)}, the config wants {tuple(shape)}")
+        x = x.read().T if transposed else x.read()
+        for module, chunk in zip(modules, x.split([shape[0] for shape in shapes])):
+            filled[f"{module}.{part}"] = torch.empty(chunk.shape, dtype=dtype, device=device).copy_(chunk)
+
+    for name, modules, conv in name_pairs(config):
+        for part in ("weight", "bias"):
+            if f"{modules[0]}.{part}" in ours:
+                copy_in(f"{name}.{part}", modules, part, conv and part == "weight")
+    if config.tied:
+        filled["head.weight"] = filled["wte.weight"]
+    else:
+        copy_in(HEAD, ["head"], "weight")
+    if theirs:
+        name = min(theirs)
+        raise ValueError(f"{folder} has {len(theirs)} tensors that this model has no place for, such as {name[:80]}")
+    model.load_state_dict(filled, assign=True)
+    if config.tied:
+        model.head.weight = model.wte.weight
+    return model
+
+
+def open_model_tensors(folder: str) -> tuple[Config, dict[str, LazyTensor]]:
+    """A folder's Config, and its tensors under the names that transformers gives them now, each of them once."""
+    config = read_config(os.path.join(folder, "config.json"))
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        raise ValueError(f"{folder} has adapter_config.json, an adapter that we do not apply: merge it and the model")
+    tensors = {name: x for name, x in open_tensors(folder).items() if not name.endswith(LEFTOVERS)}
+    prefix, _ = TABLES[config.arch]
+    if not any(name.startswith(prefix) for name in tensors):  # GPT-2's own files
+        tensors = {name if name == HEAD else prefix + name: x for name, x in tensors.items()}
+    if config.n_layer > len(tensors):
+        raise ValueError(f"{folder}: the config says {config.n_layer} layers, the files hold {len(tensors)} tensors")
+    embedding = next(name_pairs(config))[0] + ".weight"
+    if config.tied and HEAD in tensors:  # a tied table may be stored under either name, or both
+        if embedding not in tensors:
+            tensors[embedding] = tensors.pop(HEAD)
+        elif tensors[HEAD].equals(tensors[embedding]):
+            del tensors[HEAD]
+        else:  # two different tables: the files hold what was trained, whatever the config says
+            config = dataclasses.replace(config, tied=False)
+    return config, tensors
+
+
+def save_pretrained(folder: str, model: Decoder, dtype: torch.dtype = torch.float32):
+    """Write a model as a Hugging Face folder, its tensors in `dtype`."""
+    os.makedirs(folder, exist_ok=True)
+    ours = model.state_dict()
+    theirs = {}
+    for name, modules, conv in name_pairs(model.config):
+        for part in ("weight", "bias"):
+            tensors = [ours[f"{module}.{part}"] for module in modules if f"{module}.{part}" in ours]
+            if tensors:
+                x = torch.cat(tensors)
+                theirs[f"{name}.{part}"] = x.T if conv and part == "weight" else x
+    if not model.config.tied:
+        theirs[HEAD] = ours["head.weight"]
+    write_safetensors(os.path.join(folder, "model.safetensors"), {name: x.to(dtype) for name, x in theirs.items()})
+    write_json(os.path.join(folder, "config.json"), write_config(model.config), indent=2)
+
+
+def fingerprint(model: Decoder) -> str:
+    """A hash of the name, the shape and 64 values of every tensor, by which a checkpoint knows the model it is for.
+
+    It is the same whatever dtype the model was loaded in.
+    """
+    h = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        values = x.flatten()[:: max(1, x.numel() // 64)].to("cpu", torch.bfloat16)
+        h.update(f"{name} {tuple(x.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+# -- config.json -------------------------------------------------------------------------------------------------------
+
+CONFIG = {  # ours: theirs
+    "gpt2": dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
+                 n_inner="n_inner", norm_eps="layer_norm_epsilon", tied="tie_word_embeddings"),
+    "llama": dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
+                  n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size",
+                  head_dim="head_dim", n_inner="intermediate_size", norm_eps="rms_norm_eps",
+                  tied="tie_word_embeddings", attn_bias="attention_bias", mlp_bias="mlp_bias"),
+}  # fmt: skip
+# What transformers assumes where a config says nothing, if our Config assumes something else.
+HF_DEFAULTS = {
+    "gpt2": dict(vocab_size=50257),
+    "llama": dict(vocab_size=32000, block_size=2048, n_layer=32, n_head=32, n_embd=4096, n_inner=11008, norm_eps=1e-6,
+                  tied=False),
+}  # fmt: skip
+# What our decoder does.  A config that says otherwise is refused; the first value is what is assumed and written.
+REQUIRED = {
+    "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+             "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+             "quantization_config": (None,)},
+    "llama": {"hidden_act": ("silu", "swish"), "pretraining_tp": (1,), "sliding_window": (None,),
+              "quantization_config": (None,)},
+}  # fmt: skip
+# The kinds of rotary scaling that our decoder has, and their parameters.
+ROPE = {"default": [], "linear": ["factor"],
+        "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}  # fmt: skip
+
+
+def read_config(path: str) -> Config:
+    """Config of a config.json.
+
+    Raises ValueError for values that make no sense and for what our decoder does not do, FileNotFoundError if there is
+    no such file.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no {path}: --init takes a folder with config.json, model.safetensors and a tokenizer")
+    theirs = read_json(path)
+    arch = theirs.get("model_type") if isinstance(theirs, dict) else None
+    if not isinstance(arch, str) or arch not in CONFIG:
+        raise ValueError(f"{path}: model_type is {arch!r}; we have gpt2 and llama")
+    for name, allowed in REQUIRED[arch].items():
+        if theirs.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"{path}: {name} is {theirs[name]!r}; our decoder has {allowed[0]!r}"[:300])
+    values = {ours: theirs[name] for ours, name in CONFIG[arch].items() if theirs.get(name) is not None}
+    try:
+        rope = read_rope(theirs) if arch == "llama" else {}
+        check_values({CONFIG[arch].get(ours, ours): x for ours, x in {**values, **rope}.items()})
+        return Config(arch=arch, **{**HF_DEFAULTS[arch], **values, **rope})
+    except (TypeError, ValueError, AttributeError) as e:
+        raise ValueError(f"{path}: {str(e)[:300]}") from None
+
+
+def check_values(values: dict):
+    """Raise ValueError for a value of a config.json that has not the type or the size that its name asks for."""
+    for name, x in values.items():
+        if name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if type(x) is not bool:
+                raise ValueError(f"{name} must be true or false, got {x!r}")
+        elif name == "rope_scaling":
+            check_values({key: number for key, number in (x or {}).items() if key != "rope_type"})
+        elif name.endswith(("eps", "epsilon", "theta", "factor", "original_max_position_embeddings")):
+            if type(x) not in (int, float) or not 0 < x < 1e12:  # nan is not
+                raise ValueError(f"{name} must be a positive number, got {x!r}")
+        elif type(x) is not int or not 0 < x < 2**31:
+            raise ValueError(f"{name} must be a positive whole number, got {x!r}")
+
+
+def read_rope(theirs: dict) -> dict:
+    """Rotary theta and scaling, in the old spelling (rope_theta, rope_scaling) or the new one (rope_parameters).
+
+    Raises ValueError for a kind of scaling that our decoder lacks, and for parameters that are missing.
+    """
+    rope = {"rope_theta": theirs.get("rope_theta") or 10000.0}
+    rope["partial_rotary_factor"] = theirs.get("partial_rotary_factor")
+    rope.update(theirs.get("rope_scaling") or {})
+    rope.update(theirs.get("rope_parameters") or {})
+    if "original_max_position_embeddings" in theirs:
+        rope["original_max_position_embeddings"] = theirs["original_max_position_embeddings"]
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(
+            f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; our decoder rotates all of a head"
+        )
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE:
+        raise ValueError(f"rotary scaling {kind!r}; we have {', '.join(ROPE)}")
+    missing = [name for name in ROPE[kind] if name not in rope]
+    if missing:
+        raise ValueError(f"rotary scaling {kind!r} without {', '.join(missing)}")
+    scaling = {"rope_type": kind, **{name: rope[name] for name in ROPE[kind]}} if ROPE[kind] else None
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+
+
+def write_config(c: Config) -> dict:
+    """config.json's content for a Config, as transformers reads it."""
+    classes = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
+    activation = {"gpt2": "activation_function", "llama": "hidden_act"}[c.arch]
+    values = {name: getattr(c, ours) for ours, name in CONFIG[c.arch].items()}
+    rope = {} if c.arch == "gpt2" else {"rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling}
+    named = {"model_type": c.arch, "architectures": [classes[c.arch]], activation: REQUIRED[c.arch][activation][0]}
+    return {**named, **values, **rope}
+
+
+# -- Files of tensors --------------------------------------------------------------------------------------------------
+
+
+def open_tensors(folder: str) -> dict[str, LazyTensor]:
+    """The tensors of a folder: of model.safetensors, of the shards of its index, or of pytorch_model.bin likewise.
+
+    Raises FileNotFoundError if it has none of them, ValueError for a broken file.
+    """
+    for name, reader in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
+        path = os.path.join(folder, name)
+        index = f"{path}.index.json"
+        if os.path.exists(path):
+            return reader(path)
+        if os.path.exists(index):
+            return read_shards(folder, index, reader)
+    raise FileNotFoundError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin, nor their index")
+
+
+def read_shards(folder: str, index: str, reader: Callable[[str], dict]) -> dict[str, LazyTensor]:
+    """The tensors of the files that an index names.  Raises ValueError if a file lacks what the index says it has."""
+    file_of = read_index(index)
+    shards = {file: reader(os.path.join(folder, file)) for file in sorted(set(file_of.values()))}
+    for name, file in file_of.items():
+        if name not in shards[file]:
+            raise ValueError(f"{index}: {file} lacks {name}")
+    unnamed = {name: x for shard in shards.values() for name, x in shard.items()}  # what the index forgets counts, too
+    return {**unnamed, **{name: shards[file][name] for name, file in file_of.items()}}
+
+
+def read_index(path: str) -> dict[str, str]:
+    """{tensor name: file} of an index of shards.  Raises ValueError for one that names files elsewhere."""
+    content = read_json(path)
+    file_of = content.get("weight_map") if isinstance(content, dict) else None
+    files = file_of.values() if isinstance(file_of, dict) else [None]
+    if not all(isinstance(file, str) and file == os.path.basename(file) for file in files):
+        raise ValueError(f"{path} has no weight_map of tensor names and files beside it")
+    return file_of
+
+
+def read_bin(path: str) -> dict[str, LazyTensor]:
+    """The tensors of a pytorch_model.bin.  Only tensors are unpickled: code in the file does not run.
+
+    Raises ValueError for a file of anything else.
+    """
+    refuse_lfs_pointer(path)
+    try:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files older than PyTorch 1.6 cannot be mapped
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: LazyTensor(x.shape, lambda x=x: x) for name, x in tensors.items()}
+    except Exception as e:  # torch.load raises many kinds of errors
+        raise ValueError(f"{path} is not a file of tensors alone, or was cut off ({type(e).__name__})") from None
+
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+MAX_HEADER = 1 << 24  # bytes; the headers of the largest models have about 100 kB
+
+
+def read_safetensors(path: str) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file: 8 bytes of length n, n of JSON {name: {dtype, shape, data_offsets}}, data.
+
+    Raises ValueError for a file that is not what its header says.  Nothing is allocated for a tensor that is not there.
+    """
+    refuse_lfs_pointer(path)
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        n = struct.unpack("<Q", f.read(8))[0] if size >= 8 else 0
+        if not 2 <= n <= min(size - 8, MAX_HEADER):
+            raise ValueError(f"{path} is not a safetensors file, or was cut off ({size:,} bytes)")
+        try:
+            header = json.loads(f.read(n).decode("utf-8"), object_pairs_hook=no_duplicate_keys)
+            header.pop("__metadata__", None)
+            entries = [(DTYPES[t["dtype"]], t["shape"], *t["data_offsets"], name) for name, t in header.items()]
+            entries = sorted(entries, key=lambda entry: entry[2:4])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise ValueError(f"{path} has a broken header ({type(e).__name__}: {str(e)[:80]})") from None
+    tensors = {}
+    end = 0
+    for dtype, shape, start, stop, name in entries:
+        valid = isinstance(shape, list) and all(type(i) is int and i >= 0 for i in (*shape, start, stop))
+        if not valid or start != end or stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path}: {name[:80]} {dtype} {str(shape)[:80]} does not fit bytes {start} to {stop}")
+        end = stop
+        where = (path, dtype, shape, 8 + n + start)
+        tensors[name] = LazyTensor(torch.Size(shape), lambda where=where: read_tensor(*where))
+    if 8 + n + end != size:
+        raise ValueError(f"{path} has {size:,} bytes, its safetensors header wants {8 + n + end:,} (cut off?)")
+    return tensors
+
+
+def read_tensor(path: str, dtype: torch.dtype, shape: list[int], start: int) -> Tensor:
+    """A tensor over its bytes in the file, memory-mapped: they take memory only while it lives."""
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    with open(path, "rb") as f:
+        offset = start % mmap.ALLOCATIONGRANULARITY  # a mapping starts at the beginning of a page
+        data = mmap.mmap(f.fileno(), offset + count * dtype.itemsize, offset=start - offset, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=offset).view(shape)
+
+
+def write_safetensors(path: str, tensors: dict[str, Tensor]):
+    """Write {name: tensor}, atomically."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, x in tensors.items():
+        start, end = end, end + x.numel() * x.element_size()
+        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    with replacing(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for x in tensors.values():
+            f.write(x.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,159 @@
+"""Several tenants in one batch: each row is what it would be alone, and prompts cost nothing after they are read."""
+
+import pytest
+import torch
+from conftest import right_padded, shake, small_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from baselines import METHODS, build
+from baselines.tenants import Tenants
+from model import NO_TUNER, Embedded, Tuner
+from sample import generate
+
+MIXED = [
+    ("iapt", "activation=relu"), ("paper-iapt", "P=2"), ("ptuning2", "P=7"), ("prompt", "P=3"),
+    ("dynamic", "length=1 P=4"), ("ptuning2", "P=3 separate=1"),
+    ("lora", "r=2"), ("lora", "r=5 alpha=8"), ("lora", "on=k,o,up"), ("adapter", ""),
+]  # fmt: skip
+SOFT, EMBEDDINGS, LORA = MIXED[:3], MIXED[3:5], MIXED[6:8]
+ALIKE = [
+    ("iapt", "m=3"), ("iapt", "m=3"), ("iapt", "m=3 activation=gelu"), ("iapt", "m=3 activation=relu"),
+    ("iapt", "activation=gelu repeat=1"), ("iapt", "activation=gelu repeat=1"), ("iapt", "m=4 P=2"),
+    ("iapt", "m=4 P=2 repeat=6"), ("iapt", "m=4"), ("iapt", "m=4"), ("iapt", "m=4"), ("paper-iapt", "m=4"),
+]  # fmt: skip
+
+
+def tenant(method, options, model, seed):
+    """A shaken tuner, not attached: no two are alike."""
+    torch.manual_seed(seed)
+    tuner = build(method, model.config, options.split())
+    tuner.start(model)
+    return shake(tuner, 0.1, seed).eval()
+
+
+def alone(model, tuner, f):
+    if tuner is None:
+        return f(None)
+    tuner.attach(model)
+    out = f(tuner)
+    tuner.detach()
+    return out
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [MIXED, SOFT, LORA, EMBEDDINGS, ALIKE],
+    ids=["all", "soft", "lora", "embeddings", "alike"],
+)
+def test_a_mixed_batch_equals_one_tenant_at_a_time(model, mixed):
+    tuners = [tenant(*spec, model, seed) for seed, spec in enumerate(mixed)]
+    tenant_of_row = [*range(len(tuners)), -1, 0, 1]
+    idx, instr = right_padded([(5 + 3 * i) % 9 + 1 for i in range(len(tenant_of_row))], 9)
+    tenants = Tenants(tuners, tenant_of_row)
+    tenants.attach(model)
+    together = model(idx, instr, tenants)
+    tenants.detach()
+    for row, t in enumerate(tenant_of_row):
+        n = instr[row].sum()
+        own = idx[row : row + 1, :n], instr[row : row + 1, :n]
+        wanted = alone(model, tuners[t] if t >= 0 else None, lambda tuner, own=own: model(*own, tuner))
+        torch.testing.assert_close(together[row : row + 1, :n], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_tenants_of_iapt_are_asked_together_if_nothing_but_their_weights_differs(model):
+    tuners = [tenant(*spec, model, seed) for seed, spec in enumerate(ALIKE)]
+    tenants = Tenants(tuners, [*range(len(tuners)), -1, 0, 1])
+    tuners[10].generators[0].w_sa.requires_grad_(False)
+    tenants.attach(model)
+    frozen, together, each_alone = [12], [[0, 13, 1, 14], [4, 5], [8, 9]], [[2], [3], [6], [7], [10], [11]]
+    assert sorted(rows for rows, _ in tenants.parts) == sorted([frozen, *together, *each_alone])
+    tenants.detach()
+    assert [tuner for _, tuner in tenants.parts] == [NO_TUNER, *tuners]
+
+
+def test_tenants_with_different_numbers_of_rows_keep_their_own(model):
+    a, b = (tenant("iapt", "m=3", model, seed) for seed in range(2))
+    idx, instr = right_padded([5, 4, 3, 6], 6)
+    tenants = Tenants([a, b], [0, 1, 1, 1])
+    tenants.attach(model)
+    wanted = torch.cat((model(idx[:1], instr[:1], a), model(idx[1:], instr[1:], b)))
+    torch.testing.assert_close(model(idx, instr, tenants), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_without_separate_soft_tokens_sees_zeros_and_no_row_a_mask_that_hides_nothing(model):
+    """A softmax over nothing is nan in some kernels; and a mask costs time at every step."""
+    a, b, c = (tenant("ptuning2", options, model, 0) for options in ("P=3 separate=1", "P=5 separate=1", "P=2"))
+    x, instr = torch.randn(3, 6, 32), torch.ones(3, 6, dtype=torch.bool)
+    joined, separate = Tenants([a, b, c], [0, 1, 2]).soft(model.h[0], 0, x, instr)
+    assert separate.keep.tolist() == [[True] * 3 + [False] * 2, [True] * 5, [True] * 5] and not separate.v[2].any()
+    assert joined.keep.tolist() == [[False] * 2, [False] * 2, [True] * 2]
+    joined, separate = Tenants([a, a], [0, 1, 1]).soft(model.h[0], 0, x, instr)
+    assert joined is None and separate.keep is None
+
+
+@pytest.mark.parametrize("mixed", [MIXED, ALIKE], ids=["all", "alike"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_mixed_batch_is_continued_as_each_row_alone(model, beams, mixed):
+    tuners = [tenant(*spec, model, seed) for seed, spec in enumerate(mixed)]
+    tenant_of_row = [*range(len(tuners)), -1, 2]
+    prompts = [torch.randint(1, 50, (3 + i % 4,)).tolist() for i in range(len(tenant_of_row))]
+    tenants = Tenants(tuners, tenant_of_row)
+    tenants.attach(model)
+    together = generate(model, prompts, tenants, max_new=6, beams=beams)
+    tenants.detach()
+    for prompt, t, new in zip(prompts, tenant_of_row, together):
+        f = lambda tuner, prompt=prompt: generate(model, [prompt], tuner, max_new=6, beams=beams)
+        assert new == alone(model, tuners[t] if t >= 0 else None, f)[0]
+    assert torch.equal(model(torch.tensor([prompts[0]])), small_model(model.config.arch)(torch.tensor([prompts[0]])))
+
+
+class Inputs(TorchDispatchMode):
+    """The storages that operations read."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self.read |= {x.untyped_storage().data_ptr() for x in tensors}
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_decode_step_reads_no_tensor_of_a_prompt_tenant_but_those_of_lora(model):
+    for specs, reads in ((MIXED[:4], False), (ALIKE[:2], False), (LORA, True)):
+        tuners = [tenant(*spec, model, seed) for seed, spec in enumerate(specs)]
+        tenants = Tenants(tuners, range(len(tuners)))
+        tenants.attach(model)
+        own = {p.untyped_storage().data_ptr() for p in tenants.parameters()}
+        own |= {m.untyped_storage().data_ptr() for hooked in tenants.hooked for m in getattr(hooked, "A", [])}
+        stacked = [w for _, part in tenants.parts for w in getattr(part, "weights", {}).values()]
+        own |= {w.untyped_storage().data_ptr() for w in stacked}
+        assert bool(stacked) == (specs == ALIKE[:2])
+        idx = torch.ones(len(tuners), 4, dtype=torch.long)
+        logits, cache = model.prefill(idx, torch.full((len(tuners),), 4), tenants, room=2)
+        with Inputs() as inputs:
+            model.step(logits.argmax(-1), cache)
+        tenants.detach()
+        assert bool(inputs.read & own) == reads
+
+
+def test_what_cannot_share_a_model_is_refused(model):
+    with pytest.raises(ValueError, match="Full changes the model itself"):
+        Tenants([METHODS["full"](model.config)], [0])
+    with pytest.raises(ValueError, match="there are 1"):
+        Tenants([METHODS["capt"](model.config)], [0, 1])
+    with pytest.raises(ValueError, match="3 rows, but tenants of 2"):
+        generate(model, [[1], [2], [3]], Tenants([METHODS["capt"](model.config)], [0, 0]), 2)
+
+
+def test_an_embedding_tenant_that_adds_no_rows_still_acts(model):
+    class Shift(Tuner):
+        def embed(self, x, instr):
+            return Embedded(x + 1)
+
+    idx, instr = right_padded([5, 5], 5)
+    both = model(idx, instr, Tenants([Shift()], [0, -1]))
+    torch.testing.assert_close(both[:1], model(idx[:1], instr[:1], Shift()))
+    torch.testing.assert_close(both[1:], model(idx[1:]))

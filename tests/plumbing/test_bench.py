@@ -1,0 +1,228 @@
+"""Benchmarks: what they compare is the same work, and what they print is what was measured."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import run_in, small_model
+
+from baselines import build
+from experiments import bench
+from iapt import Rational, RationalFunction
+from model import NO_TUNER
+
+HUB = find_spec("transformers") is not None and find_spec("peft") is not None
+SIZES = dict(vocab_size=50, block_size=64, n_layer=2, n_head=4, n_embd=32)
+SMALL_SHAPES = {"gpt2": SIZES, "llama": dict(arch="llama", n_kv_head=2, **SIZES)}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A shape that takes no time: its name."""
+    monkeypatch.setitem(bench.SHAPES, "small", SMALL_SHAPES["llama"])
+    return "small"
+
+
+def saved_rows(folder, command):
+    """The rows of a table that a benchmark has saved."""
+    return json.loads((folder / f"{command}.json").read_text())["rows"]
+
+
+# -- Timing ------------------------------------------------------------------------------------------------------------
+
+
+def test_rivals_run_in_turn_and_the_first_round_is_not_counted():
+    calls = []
+
+    def rival(name):
+        return lambda: calls.append(name) or len(calls)
+
+    results = bench.interleaved({name: rival(name) for name in "ab"}, 2, "")
+    assert calls == list("ababab")
+    assert results == {"a": [3, 5], "b": [4, 6]}
+
+
+def test_a_ratio_is_taken_round_by_round():
+    seconds = {"a": [1.0, 10.0, 100.0], "b": [2.0, 30.0, 400.0]}
+    assert bench.ratio(seconds, "b", "a") == [3, 2, 4]
+    assert bench.ratio(seconds, "a", "a") == [1, 1, 1]
+    assert bench.ratio({"a": [2.0], "b": [3.0]}, "b", "a") == [1.5] * 3
+
+
+def test_peak_memory_is_that_of_one_call(monkeypatch):
+    memory = {"now": 5_000_000, "peak": 90_000_000}
+
+    def call():
+        memory["peak"] = max(memory["peak"], memory["now"] + 3_000_000)
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: memory["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: memory["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: memory.update(peak=memory["now"]))
+    assert bench.peak_memory(call, "cuda") == {"peak MB": "8", "added MB": "3"}
+    assert bench.peak_memory(call, "cpu") == {}
+
+
+def test_a_report_is_the_same_in_both_files_and_on_the_screen(tmp_path, capsys):
+    args = bench.parse(["step", "--out", str(tmp_path), "--rounds", "3", "--device", "cpu"])
+    bench.report(args, [{"step": "x", "time": [1.0, 0.5, 2.25], "tokens/s": "7"}], ["A note."])
+    printed = capsys.readouterr().out
+    assert (tmp_path / "step.md").read_text() == printed
+    assert printed.splitlines()[:5] == [
+        "| step | time | tokens/s |",
+        "|---|---|---|",
+        "| x | 1.00 (0.50 to 2.25) | 7 |",
+        "",
+        "A note.",
+    ]
+    content = json.loads((tmp_path / "step.json").read_text())
+    assert content["rows"] == [{"step": "x", "time": [1.0, 0.5, 2.25], "tokens/s": "7"}]
+    assert content["command"] in printed and content["machine"] in printed
+
+
+# -- The work that is timed --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["iapt", "ptuning2", "lora", "adapter", "full"])
+def test_our_steps_on_a_shared_model_are_those_of_each_method_alone(method):
+    """The gradients are those of the method on a model of its own, and the model stays as it was."""
+    idx = torch.randint(1, 50, (2, 8), generator=torch.Generator().manual_seed(0))
+    shared, before = small_model("llama"), small_model("llama").state_dict()
+    steps = bench.our_steps(shared, idx, ["lora", "full", "iapt", "ptuning2", "adapter"])
+    for step in steps.values():
+        bench.attached(step.module, shared, step)()
+    (step,) = (step for label, step in steps.items() if label.startswith(f"ours: {method}"))
+    alone = small_model("llama")
+    tuner = build(method, alone.config)
+    tuner.load_state_dict(step.module.state_dict())
+    tuner.attach(alone)
+    targets, instr = bench.targets_of(idx)
+    alone(idx, instr, tuner, targets).backward()
+    step.optimizer.zero_grad()
+    bench.attached(step.module, shared, step.backward)()
+    for p, q in zip(step.module.parameters(), tuner.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert shared.state_dict().keys() == before.keys()
+    assert all(torch.equal(x, before[name]) for name, x in shared.state_dict().items())
+    assert step.trained == sum(p.numel() for p in tuner.parameters())
+
+
+def test_half_of_the_tokens_are_instruction_and_the_targets_are_the_next_tokens():
+    idx = torch.arange(12).view(2, 6)
+    targets, instr = bench.targets_of(idx)
+    assert instr.tolist() == [[True] * 3 + [False] * 3] * 2
+    assert targets[:, :5].tolist() == [[-1, -1, -1, 4, 5], [-1, -1, -1, 10, 11]]
+
+
+def test_full_fine_tuning_of_a_large_model_is_left_out_and_it_says_so(monkeypatch, capsys):
+    model = small_model("gpt2")
+    assert bench.methods_that_fit("small", model, ["iapt", "full"]) == ["iapt", "full"]
+    monkeypatch.setattr(bench, "LARGEST_FULL", 1000)
+    assert bench.methods_that_fit("small", model, ["iapt", "full"]) == ["iapt"]
+    assert capsys.readouterr().out.startswith("small: full fine-tuning is left out, it takes")
+
+
+def test_a_served_answer_is_timed_in_both_parts():
+    model = small_model("llama")
+    decode, total = bench.serve(model, NO_TUNER, torch.ones(2, 4, dtype=torch.long), 3, 1)
+    assert 0 < decode < total
+    assert bench.serve(model, NO_TUNER, torch.ones(2, 4, dtype=torch.long), 3, 2).decode is None
+
+
+@pytest.mark.skipif(not HUB, reason="needs transformers and peft")
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_the_model_in_transformers_has_the_same_shape(arch, monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "small", SMALL_SHAPES[arch])
+    args = bench.parse(["step"])
+    args.device, args.dtype = "cpu", torch.bfloat16
+    ours, theirs = bench.our_model("small", args), bench.hub_model("small", args)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    assert {p.dtype for p in (*ours.parameters(), *theirs.parameters())} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_compiled_activation_computes_what_the_eager_one_does(dtype, tolerance):
+    rivals = bench.activations()
+    x, g = (torch.randn(64, 32, dtype=dtype) for _ in range(2))
+    inputs = [x, *(c.detach() for c in Rational().parameters())]
+    exact = bench.gradients(RationalFunction.apply, g.double(), *(t.double() for t in inputs))
+    for name, f in rivals.items():
+        if name.startswith("rational"):
+            computed = bench.gradients(f, g, *inputs)
+            for a, b in zip(computed, exact, strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+            assert bench.saved_bytes(f, *inputs) >= x.nbytes
+    assert bench.saved_bytes(rivals["rational, ours, compiled"], *inputs) == x.nbytes
+
+
+# -- Commands ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv, count",
+    [
+        (["step", "--no-hub", "--methods", "iapt,lora", "--checkpoint"], 4),
+        (["serve", "--tenants", "1", "2", "--new", "3", "--beams", "1", "2"], 20),
+    ],
+)
+def test_a_benchmark_leaves_a_row_for_each_rival(argv, count, small, tmp_path):
+    sizes = ["--shapes", small, "--rows", "2", "--tokens", "6", "--rounds", "1", "--device", "cpu"]
+    status, text = run_in(bench, *argv, *sizes, "--out", str(tmp_path))
+    assert status == 0, text
+    assert len(saved_rows(tmp_path, argv[0])) == count
+
+
+@pytest.mark.parametrize("options", [[], ["--checkpoint"]])
+def test_checkpoint_is_for_our_model(options, small, monkeypatch, tmp_path):
+    models, our_steps = [], bench.our_steps
+    monkeypatch.setattr(bench, "our_steps", lambda model, *args: models.append(model) or our_steps(model, *args))
+    sizes = ["--shapes", small, "--rows", "2", "--tokens", "6", "--rounds", "1", "--device", "cpu"]
+    status, text = run_in(bench, "step", "--no-hub", "--methods", "iapt", *options, *sizes, "--out", str(tmp_path))
+    assert status == 0, text
+    assert [model.checkpointing for model in models] == [bool(options)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HUB, reason="needs transformers and peft")
+@pytest.mark.parametrize("command, arch", [("step", "gpt2"), ("step", "llama"), ("generate", "llama")])
+def test_rivals_from_the_hub_take_part(command, arch, monkeypatch, tmp_path):
+    monkeypatch.setitem(bench.SHAPES, "small", SMALL_SHAPES[arch])
+    sizes = ["--shapes", "small", "--rows", "2", "--tokens", "6", "--rounds", "1", "--device", "cpu"]
+    status, text = run_in(bench, command, *sizes, "--out", str(tmp_path), *["--new", "3"] * (command == "generate"))
+    assert status == 0, text
+    labels = [row.get("step", row.get("answers")) for row in saved_rows(tmp_path, command)]
+    assert len(labels) == 8 and any("peft" in label for label in labels)
+
+
+@pytest.mark.slow
+def test_the_activation_is_measured(tmp_path):
+    status, text = run_in(bench, "rational", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path))
+    assert status == 0, text
+    errors = [row["error of the coefficients' gradients"] for row in saved_rows(tmp_path, "rational")]
+    assert len(errors) == 2 * 7 and errors.count("") == 2 * 3
+    assert max(float(error) for error in errors if error) < 1e-2
+
+
+def test_a_model_of_a_folder_takes_the_place_of_a_shape():
+    assert bench.parse(["generate", "--init", "tiny"]).models == ["tiny"]
+    assert bench.parse(["generate"]).models == ["llama-6x288"]
+    assert bench.parse(["step"]).models == ["gpt2-6x384", "llama-6x288"]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["step", "--rows", "0"], "--rows: must be from 1"),
+        (["serve", "--tenants", "2", "0"], "--tenants: must be from 1"),
+        (["rational", "--rounds", "0"], "--rounds: must be from 1"),
+        (["step", "--shapes", "gpt2-124M,gpt3"], "there is no 'gpt3'. There are: gpt2-6x384"),
+        (["step", "--methods", "lore"], "there is no 'lore'. There are: iapt, "),
+        (["quality"], "invalid choice: 'quality'"),
+        ([], "the following arguments are required: command"),
+    ],
+)
+def test_a_wrong_option_is_named(argv, message):
+    status, text = run_in(bench, *argv)
+    assert status == 2 and message in text and text.count("\n") == 1

@@ -1,0 +1,218 @@
+"""The comparison of methods: equal sizes, what chooses a rate, what is saved, differences, controls."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, right_padded, small_tuner
+
+import train
+from baselines import METHODS
+from experiments import ablations, compare
+from experiments.compare import ROWS, Comparison, Scores, count, difference, sized
+from model import Config
+from plumbing.files import read_json, write_json
+
+CONFIGS = {
+    "tiny": Config(arch="llama", vocab_size=1000, n_layer=4, n_head=4, n_embd=128),
+    "smollm2": Config(arch="llama", vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.size])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_size_is_the_one_nearest_to_the_budget(config, name):
+    method, _, size, largest = ROWS[name]
+    for budget in (1, 20_000, 300_000):
+        options, n = sized(config, name, budget)
+        at = int(options[-1].removeprefix(f"{size}="))
+        assert 1 <= at <= largest
+        for other in {max(1, at - 1), min(largest, at + 1)}:
+            assert abs(count(config, method, [*options[:-1], f"{size}={other}"]) - budget) >= abs(n - budget)
+
+
+def test_constants_are_iapt_without_its_generator():
+    """At the size that makes them its control, and attended to in the same way."""
+    config = CONFIGS["tiny"]
+    (options, n), (_, wanted) = sized(config, "constants", 16_000), sized(config, "iapt", 16_000)
+    tuner = METHODS["constants"](config, P=int(options[-1].removeprefix("P=")))
+    assert tuner.separate and abs(n - wanted) < 0.05 * wanted and not hasattr(tuner, "generators")
+
+
+@pytest.fixture(autouse=True)
+def ablations_are_methods(monkeypatch):
+    for name, cls in ablations.ABLATIONS.items():
+        monkeypatch.setitem(METHODS, name, cls)
+
+
+class Jobs:
+    """Stands in for the pool of processes: notes every job, and pretends to have run it."""
+
+    def __init__(self, best, stop_at=None):
+        self.jobs, self.best, self.stop_at = [], best, stop_at
+
+    def submit(self, f, options, own, folder):
+        if len(self.jobs) == self.stop_at:
+            raise KeyboardInterrupt
+        self.jobs.append((f.__name__, os.path.basename(folder)))
+        rate = float(own[own.index("--lr") + 1])
+        val = max(rate / self.best, self.best / rate)
+        done = {"val": val, "trainable": 1, "curve": [], "tokens_per_s": 1, "seconds": 1, "peak_mb": None}
+        return type("Done", (), {"result": lambda _: done, "add_done_callback": lambda _, f: None})()
+
+
+def test_the_rate_with_the_lowest_validation_loss_is_chosen_and_only_its_runs_are_scored(tmp_path):
+    args = compare.parse(["tiny", "--methods", "ptuning2", "--seeds", "2", "--out", str(tmp_path)])
+    own, jobs = METHODS["ptuning2"].lr, Jobs(METHODS["ptuning2"].lr / 2)
+    row = Comparison(args).measure("ptuning2", jobs, None)
+    assert row["lr"] == own / 2 and set(row["search"]) == {own * multiple for multiple in compare.RATES}
+    trained = [folder for f, folder in jobs.jobs if f == "train_one"]
+    scored = [folder for f, folder in jobs.jobs if f == "score_one"]
+    assert len(trained) == len(compare.RATES) + 1
+    assert scored == [f"ptuning2-lr{own / 2:.2e}-seed{seed}" for seed in (0, 1)]
+
+
+def test_without_scoring_no_test_row_is_touched(tmp_path):
+    args = compare.parse(["tiny", "--methods", "capt", "--validate-only", "--out", str(tmp_path)])
+    jobs = Jobs(1e-2)
+    assert "scores" not in Comparison(args).measure("capt", jobs, None)
+    assert {f for f, _ in jobs.jobs} == {"train_one"}
+
+
+@pytest.fixture
+def run(rows, tmp_path):
+    """A short run of IAPT by the comparison, scored: its options and its folder."""
+    options, own = [*SMALL, "--data", rows], ["--method", "iapt", "--seed", "0", "--lr", "0.01"]
+    folder = str(tmp_path / "run")
+    compare.open_session.cache_clear()
+    result = compare.train_one(options, own, folder)
+    compare.score_one(options, own, folder)
+    return options, own, folder, result
+
+
+def test_a_run_of_the_comparison_is_the_run_of_train_py(run, tmp_path):
+    options, own, folder, result = run
+    after = train.main([*options, *own, "--out", str(tmp_path / "other")])["after"]
+    arrays = np.load(os.path.join(folder, "scores.npz"))
+    for name, score in after.items():
+        assert arrays[f"{name}/nats"].sum() / arrays[f"{name}/tokens"].sum() == pytest.approx(score.nats, rel=1e-5)
+        assert (arrays[f"{name}/wrong"] == 0).mean() == score.exact
+    assert result["val"] == read_json(os.path.join(folder, "trained.json"))["val"]
+
+
+def test_a_finished_run_is_not_trained_again_and_one_with_other_options_is_not_taken_for_it(run, monkeypatch):
+    options, own, folder, result = run
+    monkeypatch.setattr(train, "train", None)
+    assert compare.train_one(options, own, folder) == result
+    with pytest.raises(ValueError, match="is of a run with other options"):
+        compare.train_one([*options, "--steps", "7"], own, folder)
+
+
+def test_a_rate_that_diverges_is_a_bad_rate_and_no_failure(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Decoder, "loss", lambda self, x, targets: x.sum() * float("nan"))
+    compare.open_session.cache_clear()
+    own = ["--method", "ptuning2", "--seed", "0", "--lr", "0.01"]
+    assert compare.train_one([*SMALL, "--data", rows], own, str(tmp_path / "x"))["val"] == 1e9
+
+
+def test_a_difference_is_taken_on_the_same_rows():
+    """Rows differ a thousand times more than the two methods; a constant difference is found without doubt."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(1, 9, 200)
+    hard = rng.exponential(10, 200) * tokens
+    a, b = [hard + 0.01 * tokens] * 3, [hard] * 3
+    mean, low, high = difference(a, b, tokens)
+    assert mean == pytest.approx(0.01) and low == pytest.approx(0.01) and high == pytest.approx(0.01)
+    noisy = [hard + rng.normal(0, 1, 200) * tokens for _ in range(3)]
+    mean, low, high = difference(noisy, b, tokens)
+    assert low < 0 < high and low < mean < high
+
+
+def test_the_interval_knows_that_seeds_differ():
+    tokens = np.ones(1000)
+    a = [np.full(1000, 1.0), np.full(1000, 2.0), np.full(1000, 3.0)]
+    _, low, high = difference(a, [np.full(1000, 2.0)] * 3, tokens)
+    assert low < -0.3 and high > 0.3
+    assert difference(a, [x - 1 for x in a], tokens, same_runs=True) == pytest.approx((1, 1, 1))
+
+
+def test_scores_are_means_over_seeds_rows_and_families(tmp_path):
+    arrays = {}
+    for name, shift in (("frozen", 1.0), ("a", 0.0)):
+        for seed in (0, 1):
+            arrays[f"{name}/{seed}/test/nats"] = np.array([1.0, 2.0, 9.0]) + shift + seed
+            arrays[f"{name}/{seed}/test/wrong"] = np.array([0, 1, seed])
+            arrays[f"{name}/{seed}/test/tokens"] = np.array([1, 1, 2])
+            arrays[f"{name}/{seed}/test/family"] = np.array(["x", "x", "y"])
+    np.savez(tmp_path / "scores.npz", **arrays)
+    scores = Scores(str(tmp_path / "scores.npz"))
+    assert scores.tests == ["test"] and scores.seeds["a"] == [0, 1]
+    assert scores.nats("a", "test") == pytest.approx((12 + 15) / 2 / 4)
+    assert scores.exact("a", "test") == pytest.approx(100 * (2 / 3 + 1 / 3) / 2)
+    assert scores.macro("a", "test") == pytest.approx(((3 / 2 + 9 / 2) / 2 + (5 / 2 + 10 / 2) / 2) / 2)
+
+
+def test_the_controls_are_what_they_are_called_and_leave_nothing_behind(model):
+    """Two rows with swapped instructions; and where all rows have one instruction, its output is the mean."""
+    tuner = small_tuner("iapt", model)
+    idx, instr = right_padded([6, 6], 9)
+    x = torch.randn(2, 9, 32)
+    own = tuner.generators[0](x, instr)
+    with ablations.swapped_instruction(tuner):
+        assert torch.allclose(tuner.generators[0](x, instr), own.flip(0))
+    examples = [train.Example([3, 1, 4, 1], [5, 9]), train.Example([2, 7, 1, 8], [2, 8])]
+    with ablations.mean_output(tuner, model, examples):
+        a, b = tuner.generators[0](x, instr)
+        assert torch.equal(a, b)
+    same = [examples[0], examples[0]._replace(response=[7, 7])]
+    before = model(idx, instr, tuner)
+    prompt = torch.tensor([examples[0].prompt])
+    every = torch.ones_like(prompt, dtype=torch.bool)
+    wanted = model(prompt, every, tuner)
+    with ablations.mean_output(tuner, model, same):
+        torch.testing.assert_close(model(prompt, every, tuner), wanted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(idx, instr, tuner), before)
+
+
+def test_the_table_says_who_is_better_on_the_same_rows(tmp_path):
+    arrays = {}
+    for name, nats in (("frozen", 3.0), ("iapt", 1.0), ("constants", 1.5)):
+        for what, value in (("nats", nats), ("wrong", 0), ("tokens", 1)):
+            arrays[f"{name}/0/test/{what}"] = np.full(50, value)
+        arrays[f"{name}/0/test/family"] = np.array(["x"] * 50)
+    arrays["iapt/0/test/swapped"] = np.full(50, 1.25)
+    np.savez(tmp_path / "scores.npz", **arrays)
+    rows = [{"method": name, "trainable": 5, "lr": 0.1} for name in ("iapt", "constants")]
+    lines = list(compare.report(rows, Scores(str(tmp_path / "scores.npz")), "iapt"))
+    assert any(line.startswith("| constants | +0.500 (+0.500 to +0.500)") for line in lines)
+    assert any(line.startswith("| iapt: another row's instruction | +0.250") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--methods", "iapt,lore"], "no method 'lore'"),
+        (["--seeds", "0"], "--seeds: must be from 1"),
+        (["--seed", "3"], "--seed is set run by run"),
+        (["-oP=2"], "-o is set run by run"),
+        (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
+        (["--rates", "0"], "--rates must be above 0"),
+    ],
+)
+def test_a_wrong_option_is_named(argv, says, capsys):
+    with pytest.raises(SystemExit) as e:
+        compare.main(["tiny", *argv])
+    assert e.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_whole_command_continues_where_it_was(rows, tmp_path, capsys):
+    argv = ["tiny", "--methods", "capt", "--seeds", "1", "--rates", "1", *SMALL, "--data", rows, "--out", str(tmp_path)]
+    compare.main(argv)
+    table = capsys.readouterr().out
+    for name in ("compare.json", "compare.md", "scores.npz"):
+        os.remove(tmp_path / name)
+    write_json(tmp_path / "runs" / "capt-lr5.00e-02-seed0" / "kept.json", {})
+    compare.main(argv)
+    assert capsys.readouterr().out == table and "| capt |" in table

@@ -1,0 +1,160 @@
+"""The README's code is the project's code."""
+
+import ast
+import contextlib
+import glob
+import inspect
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import ROOT, shake
+
+from baselines.prompts import Mine
+from iapt import PaperIAPT
+from model import Config, Tuner
+
+with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+    README = f.read()
+NUMBER = r"-?\b\d+\.?\d*(?:e-?\d+)?\b"
+
+
+def block(beginning):
+    """The README's code block that begins like this."""
+    (code,) = re.findall(rf"```python\n({re.escape(beginning)}.*?)```", README, re.DOTALL)
+    return code
+
+
+def test_the_idea_in_ten_lines_is_what_the_paper_s_form_computes():
+    names = {"torch": torch}
+    exec(block("def soft_tokens"), names)
+    tuner = shake(PaperIAPT(Config(vocab_size=10, n_embd=32, n_head=4, n_layer=1)))
+    x, instr, g = torch.randn(1, 7, 32), torch.arange(7)[None] < 4, tuner.generators[0]
+    soft = names["soft_tokens"](x[0], instr[0], g.down.weight.T, g.w_sa, g.act.a, g.act.b, g.up.weight.T)
+    torch.testing.assert_close(soft, tuner.prompt(0, x, instr)[0])
+
+
+def test_the_example_to_fork_is_the_one_in_baselines():
+    names = {"Tuner": Tuner, "nn": nn}
+    exec(block("class Mine"), names)
+
+    def code(text):
+        text = re.sub(r'"""[^"]*"""|#.*', "", textwrap.dedent(text))
+        return [line.strip() for line in text.splitlines() if line.strip()]
+
+    assert code(block("class Mine")) == code(inspect.getsource(Mine))
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The project in a folder of its own, where commands may write."""
+    skip = shutil.ignore_patterns(".git", "out", "__pycache__", ".pytest_cache", ".ruff_cache", "raw")
+    folder = shutil.copytree(ROOT, tmp_path / "project", ignore=skip)
+    for path in glob.glob(os.path.join(folder, "data", "tiny", "**", "*.jsonl"), recursive=True):
+        os.remove(path)  # as in a fresh clone
+    return folder
+
+
+def shell(command, folder):
+    """What a command of the README prints."""
+    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_commands_marked_quick_run_and_leave_the_pictures_as_they_are(copy):
+    pytest.importorskip("matplotlib", reason="pictures want matplotlib")
+    commands = [line for code in re.findall(r"```sh quick\n(.*?)```", README, re.DOTALL) for line in code.splitlines()]
+    assert len(commands) >= 5
+    for command in commands:
+        printed = shell(command, copy)
+        picture = re.search(r"--out (docs/\S+)", command)
+        if picture:  # what the README shows is what its command draws, if not to the last digit
+            old, new = (open(os.path.join(where, picture[1]), encoding="utf-8").read() for where in (ROOT, copy))
+            assert re.sub(NUMBER, "", new) == re.sub(NUMBER, "", old)
+            old, new = (torch.tensor(list(map(float, re.findall(NUMBER, text)))) for text in (old, new))
+            torch.testing.assert_close(new, old, rtol=0.02, atol=0.5)
+        else:
+            assert printed.splitlines() == ["lima", "mice"]
+
+
+@pytest.mark.slow
+def test_console_blocks_marked_quick_are_what_the_commands_print(copy):
+    blocks = re.findall(r"```console quick\n\$ (.*?)\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for command, printed in blocks:
+        assert shell(command, copy) == printed
+
+
+def test_the_lines_for_a_notebook_train_a_method():
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(block("import torch\n"), {})
+    assert printed.getvalue() == "['rome', 'havana']\n"
+
+
+@pytest.mark.slow
+def test_the_walk_through_for_a_new_idea_works_from_the_first_line_on(copy):
+    """Our own example is taken out first: one class and one entry bring it back."""
+    edit(os.path.join(copy, "baselines", "prompts.py"), inspect.getsource(Mine), block("class Mine"))
+    edit(os.path.join(copy, "baselines", "__init__.py"), '    "mine": Mine,\n', "", after=block("METHODS["))
+    (steps,) = re.findall(r"```sh\n(python train.py --method mine.*?)```", README, re.DOTALL)
+    train, test, *_ = steps.splitlines()
+    table = shell(f"{train} --device cpu", copy)
+    before, after = re.search(r"^test .*?% +([\d.]+) .*?% +([\d.]+)$", table, re.MULTILINE).groups()
+    assert float(after) < float(before) / 2
+    generic = os.path.join("tests", "method", "test_every_method.py")
+    ours, others = (shell(f"python -m pytest -k {name} --collect-only -q {generic}", copy) for name in ("mine", "capt"))
+    assert test == "python -m pytest -k mine" and "llama-mine" in ours and "gpt2-mine" in ours
+    assert re.findall(r"::(\w+)\[", ours) == re.findall(r"::(\w+)\[", others)
+    shell(f"{test} -q {generic}", copy)
+
+
+def edit(path, old, new, after=""):
+    """Replace what occurs once in a file, and add something at its end."""
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    assert text.count(old) == 1
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(text.replace(old, new) + after)
+
+
+def functions(nodes, name):
+    """(name, node) of each function and method without an underscore, in classes too."""
+    for node in nodes:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+            if isinstance(node, ast.ClassDef):
+                yield from functions(node.body, f"{name}.{node.name}")
+            else:
+                yield f"{name}.{node.name}", node
+
+
+def test_every_public_function_names_the_types_of_its_arguments():
+    """But for `Mine`, as short as in the README, and for autograd functions, whose arguments PyTorch prescribes."""
+    exempt = (".Mine.", ".RationalFunction.", ".SubtractMean.", ".HeadLoss.")
+    bare = []
+    for pattern in ("*.py", "baselines/*.py", "data/*.py", "experiments/*.py", "plumbing/*.py"):
+        for file in glob.glob(pattern, root_dir=ROOT):
+            with open(os.path.join(ROOT, file), encoding="utf-8") as f:
+                tree = ast.parse(f.read())
+            for name, node in functions(tree.body, file):
+                args = [a.arg for a in (*node.args.args, *node.args.kwonlyargs) if not a.annotation]
+                if not any(part in name for part in exempt):
+                    bare += [f"{name}: {arg} has no type" for arg in args if arg not in ("self", "cls")]
+    assert bare == []
+
+
+def test_ci_runs_the_readme_s_own_test_command():
+    with open(os.path.join(ROOT, ".ci", "run"), encoding="utf-8") as f:
+        assert "pip install -r requirements.txt && python -m pytest\n" in f.read()
+    assert "```sh\npip install -r requirements.txt && python -m pytest\n```" in README

@@ -1,0 +1,466 @@
+"""Whole runs on the shipped model, a few steps each: what they leave behind, and what is said where
+something is wrong.
+"""
+
+import importlib
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SHIPPED, SMALL, run_in, same_run, shared, tensors
+
+import sample
+import train
+from baselines import METHODS, build
+from data import TINY, Tokenizer, encode, load_splits
+from data.scores import accuracy, evaluate, score_examples
+from iapt import IAPT
+from model import Config, Tuner
+from plumbing import cli
+from plumbing.checkpoint import RunFolder, load_checkpoint
+from plumbing.pretrained import save_pretrained
+
+CPU = ["--device", "cpu"]
+
+# -- What a run does ---------------------------------------------------------------------------------------------------
+
+
+def test_training_teaches_what_the_frozen_model_does_not_do(trained):
+    log = RunFolder(trained).read_log()
+    assert log[-1]["step"] == 30 and log[-1]["val"] < 5  # the frozen model alone: above 9
+    assert os.path.getsize(os.path.join(trained, "best.pt")) < 1_000_000
+
+
+def test_the_same_seed_is_the_same_run_and_another_seed_another(rows, short, tmp_path):
+    for seed, same in (("0", True), ("1", False)):
+        out = str(tmp_path / seed)
+        train.main([*SMALL, "--data", rows, "--out", out, "--seed", seed])
+        assert same_run(out, short) == same
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(rows, short, tmp_path, monkeypatch):
+    parts = str(tmp_path / "parts")
+    real, calls = train.Batches.batch, []
+
+    def interrupted(self, i):
+        calls.append(i)
+        if i == 4:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C in the middle of step 4
+        return real(self, i)
+
+    monkeypatch.setattr(train.Batches, "batch", interrupted)
+    with pytest.raises(SystemExit, match="stopped before step 5, and saved"):
+        train.main([*SMALL, "--data", rows, "--out", parts])
+    train.main([*SMALL, "--data", rows, "--out", parts, "--resume"])
+    assert calls == [0, 1, 2, 3, 4, 5]  # it goes on where it was stopped, not at the last validation
+    assert same_run(parts, short)
+
+
+def test_a_rate_of_zero_is_a_rate_and_not_the_method_s_default(rows, tmp_path):
+    out = str(tmp_path / "x")
+    train.main([*SMALL, "--steps", "1", "--data", rows, "--out", out, "--lr", "0", "--method", "capt"])
+    torch.manual_seed(0)
+    initial = build("capt", sample.open_model("tiny")[0].config).state_dict()
+    assert all(torch.equal(x, initial[name]) for name, x in tensors(out).items())
+
+
+def test_all_frozen_weights_are_the_same_after_a_run(rows, tmp_path, monkeypatch):
+    models, real = [], train.open_model
+    monkeypatch.setattr(train, "open_model", lambda *args: models.append(real(*args)) or models[-1])
+    train.main([*SMALL, "--data", rows, "--out", str(tmp_path / "x")])
+    fresh = real("tiny")[0].state_dict()
+    assert all(torch.equal(x, fresh[name]) for name, x in models[0][0].state_dict().items())
+
+
+def test_exact_match_is_what_decoding_gives(rows):
+    """evaluate() never decodes; it must count what greedy decoding would have reproduced."""
+    model, tokenizer, _, (tuner,) = sample.open_runs([SHIPPED])
+    tuner.attach(model)
+    examples = encode(load_splits(rows)["test_phrasings"][:60], tokenizer, 256)
+    exact = (score_examples(model, examples, tuner, size=7)[1] == 0).double().mean().item()
+    answers = sample.generate(model, [prompt for prompt, _ in examples], tuner, max_new=12, stop=tokenizer.end)
+    right = sum(new + [tokenizer.end] == response for new, (_, response) in zip(answers, examples))
+    assert exact == right / 60 and 0 < exact < 1
+
+
+def test_answers_that_are_label_words_are_scored_by_accuracy_among_them(tmp_path, capsys):
+    """A model that says something else first is not wrong yet: the likelier label counts, however long it is."""
+    words, path = "red green blue yellow brown white".split(), str(tmp_path / "rows.jsonl")
+    with open(path, "w") as f:
+        for i in range(60):
+            instruction = f"is {words[i % 6]} good or bad {words[i // 6 % 6]} ?"
+            f.write(json.dumps({"instruction": instruction, "output": ["good", "bad one"][i % 2]}) + "\n")
+    args = train.parse([*SMALL, "--data", path, "--out", str(tmp_path / "x")])
+    session = train.open_session(args, "cpu", torch.float32)
+    assert session.labels == ["bad one", "good"]
+    subset = session.rows["train"][:3] + [row for row in session.rows["train"] if row["output"] == "good"][:5]
+    right = []
+    for row in subset:
+        nats = []  # of each label as a whole
+        for label in session.labels:
+            (example,) = encode([{**row, "output": label}], session.tokenizer, 256)
+            nats.append(evaluate(session.model, [example]).nats * len(example.response))
+        right.append(session.labels[nats.index(min(nats))] == row["output"])
+    examples = encode(subset, session.tokenizer, 256)
+    assert accuracy(session.model, session.tokenizer, subset, examples, session.labels) == sum(right) / 8
+    result = train.main([*SMALL, "--data", path, "--out", str(tmp_path / "x")])
+    assert "accuracy nats/token" in capsys.readouterr().out
+    assert result["before"] == session.scores()
+
+
+def test_a_model_trained_from_scratch_can_be_tuned_and_trains_in_fp32_whatever_is_asked_for(rows, tmp_path):
+    out = str(tmp_path / "model")
+    scratch = ["--scratch", "--method", "full", "--data", os.path.join(rows, "pretrain"), "--dtype", "bf16"]
+    train.main([*SMALL, *scratch, "--out", out])
+    assert {x.dtype for x in tensors(out).values()} == {torch.float32}
+    result = train.main([*SMALL, "--init", out, "--data", rows, "--out", str(tmp_path / "iapt")])
+    assert set(result["after"]) == {"test", "test_entities", "test_phrasings"}
+
+
+def test_bf16_weights_and_rows_of_plain_text_train_an_fp32_method(rows, tmp_path):
+    """Rows with `prompt` in place of `instruction`: nothing to ask at the end, and no error."""
+    argv = [*SMALL, "--data", os.path.join(rows, "pretrain"), "--out", str(tmp_path / "x")]
+    train.main([*argv, "--dtype", "bf16"])
+    assert {x.dtype for x in tensors(tmp_path / "x").values()} == {torch.float32}
+    with pytest.raises(ValueError, match="dtype was 'torch.bfloat16'"):
+        train.main([*argv, "--dtype", "fp32", "--resume"])
+
+
+@pytest.mark.slow
+def test_e2e_runs_on_a_real_model(tmp_path):
+    init, data = shared("checkpoints", "tinystories-instruct-3m"), shared("datasets", "e2e")
+    result = train.main([*SMALL, "--steps", "12", "--init", init, "--data", data, "--out", str(tmp_path / "e2e")])
+    assert result["after"]["test"].nats < result["before"]["test"].nats
+
+
+def test_adding_a_method_is_one_class_and_one_entry(rows, tmp_path, monkeypatch):
+    """It trains, saves, answers, explains its options, and shows up in the help."""
+
+    class Nudge(Tuner):
+        def __init__(self, config, size: int = 2):
+            super().__init__()
+            self.rows = torch.nn.Parameter(torch.zeros(size, config.n_embd))
+
+        def prompt(self, l, x, instr):
+            return self.rows.expand(len(x), -1, -1)
+
+    monkeypatch.setitem(METHODS, "nudge", Nudge)
+    out = str(tmp_path / "nudge")
+    train.main([*SMALL, "--data", rows, "--out", out, "--method", "nudge", "-o", "size=3"])
+    saved = load_checkpoint(out)
+    assert saved["meta"]["options"] == ["size=3"] and saved["tuner"]["rows"].shape == (3, 128)
+    assert saved["tuner"]["rows"].any()
+    status, text = run_in(sample, out, "the plural of mouse ?", *CPU)
+    assert status == 0 and len(text.splitlines()) == 1
+    assert "nudge" in run_in(train, "--help")[1]
+    asked = run_in(train, *SMALL, "--data", rows, "--out", out, "--force", "--method", "nudge", "-o", "x=1")
+    assert asked == (2, "error: nudge has no option 'x'. It has: size=2\n")
+
+
+# -- What a run leaves -------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_not_overwritten_unasked(trained, rows):
+    with pytest.raises(FileExistsError, match="--resume continues it, --force starts again"):
+        train.main([*SMALL, "--data", rows, "--out", trained])
+
+
+def test_resuming_with_other_settings_is_refused(short, rows):
+    with pytest.raises(ValueError, match="--resume: steps was 6 in .*, now it is 60"):
+        train.main([*SMALL, "--steps", "60", "--data", rows, "--out", short, "--resume"])
+
+
+def test_force_leaves_nothing_of_the_run_before(rows, short, tmp_path, monkeypatch):
+    out = str(tmp_path / "x")
+    shutil.copytree(short, out)
+    monkeypatch.setattr(train, "schedule", lambda step, steps: float("nan"))
+    with pytest.raises(ValueError, match="nothing had been saved yet"):
+        train.main([*SMALL, "--data", rows, "--out", out, "--force"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try(rows, tmp_path, monkeypatch):
+    real = train.schedule
+    monkeypatch.setattr(train, "schedule", lambda step, steps: float("nan") if step == 4 else real(step, steps))
+    with pytest.raises(ValueError, match=r"loss is nan at step 5, .*; .*best.pt is intact. Try --lr"):
+        train.main([*SMALL, "--data", rows, "--out", str(tmp_path / "x")])
+    assert load_checkpoint(str(tmp_path / "x"))["step"] == 3
+
+
+def test_a_log_line_that_was_not_finished_does_not_keep_a_run_from_going_on(tmp_path):
+    folder = RunFolder(str(tmp_path))
+    (tmp_path / "log.jsonl").write_text('{"step": 3}\n{"step": 6}\n{"step": 9, "lo')
+    folder.truncate_log(3)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 3}\n'
+
+
+def test_a_folder_that_another_run_writes_to_is_refused_before_anything_is_scored(rows, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl", reason="no locks on Windows")
+    monkeypatch.setattr(train.Session, "scores", lambda *args: pytest.fail("scored first"))
+    with open(tmp_path / "lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(FileExistsError, match="another run is writing to"):
+            train.main([*SMALL, "--data", rows, "--out", str(tmp_path)])
+
+
+@pytest.fixture(scope="module")
+def odd_run(tmp_path_factory):
+    """(file of rows, folder, output) of a run whose names and questions mean something to a shell."""
+    folder = tmp_path_factory.mktemp("it's $HOME")
+    path, out = str(folder / "my rows.jsonl"), str(folder / "a & b")
+    with open(path, "w", encoding="utf-8") as f:
+        for i in range(40):
+            row = {"instruction": f'what costs $HOME or `echo {i}` or "{i}" ?', "input": "it's ñ; ls", "output": "no"}
+            f.write(json.dumps(row) + "\n")
+    status, text = run_in(train, *SMALL, "--data", path, "--out", out)
+    assert status == 0, text
+    return path, out, text
+
+
+@pytest.mark.skipif(not shutil.which("sh"), reason="needs a shell")
+def test_the_command_that_a_run_ends_with_can_be_pasted_into_a_shell(odd_run):
+    _, out, text = odd_run
+    (command,) = re.findall(r"^try it: (.*)$", text, re.MULTILINE)
+    shell = f"python() {{ printf '%s\\0' \"$@\"; }}\n{command}"  # what python would be given
+    script, *args = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True).stdout.split("\0")
+    assert script == "sample.py" and args[0] == out and args[2:4] == ["--input", "it's ñ; ls"]
+    assert re.fullmatch(r'what costs \$HOME or `echo \d+` or "\d+" \?', args[1])
+    assert run_in(sample, *args[:-1], *CPU)[0] == 0
+
+
+def test_a_run_whose_data_file_was_edited_is_not_resumed(odd_run):
+    path, out, _ = odd_run
+    with open(path, encoding="utf-8") as f:
+        lines = f.readlines()
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines([lines[0].replace('"no"', '"yes"'), *lines[1:]])
+    status, text = run_in(train, *SMALL, "--data", path, "--out", out, "--resume")
+    assert status == 1 and re.search(r"error: --resume: rows was '\w+' in .*, now it is '\w+'\n", text)
+
+
+# -- Asking ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_from_a_checkpoint_is_an_answer(capsys, monkeypatch):
+    questions = ["the plural of mouse ?", "what is the capital of peru ?"]
+    for run, asked in ((SHIPPED, questions), (os.path.join(SHIPPED, "best.pt"), questions[:1])):
+        sample.main([run, *asked, *CPU])
+        assert capsys.readouterr().out.splitlines() == ["mice", "lima"][: len(asked)]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeff" + "\n\n".join(questions) + "\n"))  # with a byte order mark
+    sample.main([SHIPPED, *CPU])
+    assert capsys.readouterr().out.splitlines() == ["mice", "lima"]
+
+
+def test_options_may_stand_before_instructions(trained):
+    question = "the plural of mouse ?"
+    assert run_in(sample, trained, "--max-new", "5", question, *CPU) == run_in(sample, trained, question, *CPU)
+    assert run_in(sample, *CPU, trained, question, "--max-new", "5") == run_in(sample, trained, question, *CPU)
+
+
+def test_explain_shows_weights_of_the_instruction_s_words(trained, capsys):
+    sample.main([trained, "what is the capital of peru ?", "--explain", *CPU])
+    *lines, answer = capsys.readouterr().out.splitlines()
+    sample.main([trained, "what is the capital of peru ?", *CPU])
+    assert capsys.readouterr().out.splitlines() == [answer]
+    assert len(lines) == 4 * 4 and lines[0].startswith("layer  1, token 1:  ")
+    model, tokenizer, _, (tuner,) = sample.open_runs([trained])
+    prompt = tokenizer.prompt("Instruction: what is the capital of peru ?\nResponse:")
+    for line in cli.shade_words(*sample.reading_weights(model, tokenizer, tuner, prompt), True):
+        assert re.sub(r"\x1b\[[0-9;]*m", "", line).endswith("what is the capital of peru ?\\nResponse:")
+    shown = [float(w) for w in re.findall(r"\d\.\d\d", lines[0])]
+    assert shown == sorted(shown, reverse=True) and 0.3 < sum(shown) <= 1.02
+
+
+def test_tenants_on_the_command_line_answer_as_each_does_alone(rows, trained, tmp_path):
+    other = str(tmp_path / "lora")
+    train.main([*SMALL, "--steps", "30", "--data", rows, "--out", other, "--method", "lora", "--lr", "2e-2"])
+    questions = ["the plural of mouse ?", "what is the capital of peru ?"]
+    _, a = run_in(sample, trained, questions[0], *CPU)
+    _, b = run_in(sample, other, *questions, *CPU)
+    _, both = run_in(sample, "--tenant", other, *questions, "--tenant", trained, questions[0], *CPU)
+    assert both == b + a and a != b.splitlines()[0]
+
+
+def test_a_run_is_asked_in_the_template_that_it_was_trained_with(rows, trained, tmp_path, monkeypatch):
+    pytest.importorskip("jinja2", reason="pip install jinja2")
+    out, prompts = str(tmp_path / "x"), []
+    real_load, real_generate = Tokenizer.load, sample.generate
+
+    def load(folder):  # the shipped model has no chat template of its own
+        tokenizer = real_load(folder)
+        tokenizer.chat_template = "{% for m in messages %}{{ m.role }} says {{ m.content }} . {% endfor %}the word :"
+        return tokenizer
+
+    def generate(model, ids, *args, **settings):
+        prompts.extend(ids)
+        return real_generate(model, ids, *args, **settings)
+
+    monkeypatch.setattr(Tokenizer, "load", load)
+    train.main([*SMALL, "--template", "chat", "--data", rows, "--out", out])
+    monkeypatch.setattr(sample, "generate", generate)
+    sample.main([out, "the plural of mouse ?", *CPU])
+    assert [load(TINY).decode(ids).strip() for ids in prompts] == ["user says the plural of mouse ? . the word :"]
+    status, text = run_in(sample, "--tenant", out, "x", "--tenant", trained, "x", *CPU)
+    assert status == 1 and f"{trained} has another template than {out}" in text
+
+
+def test_the_frozen_model_alone_and_an_input_can_be_asked_for(trained, capsys):
+    question = ["tell me the reverse of these words .", "--input", "cat sun", *CPU]
+    sample.main([trained, *question, "--frozen"])
+    frozen = capsys.readouterr().out
+    sample.main([trained, *question])
+    assert capsys.readouterr().out != frozen and frozen.count("\n") == 1
+
+
+def test_a_tuning_is_refused_on_another_model(trained, tmp_path):
+    model, _ = sample.open_model("tiny", scratch=True)
+    save_pretrained(tmp_path, model)
+    shutil.copy(os.path.join(TINY, "words.json"), tmp_path)
+    with pytest.raises(ValueError, match="was trained on tiny"):
+        sample.main([trained, "x", "--init", str(tmp_path), *CPU])
+    sample.main([trained, "x", "--init", str(tmp_path), *CPU, "--force"])
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """A hub that does not answer, and an empty cache."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["/nowhere/story", "story", "models/story"])
+def test_where_the_model_s_folder_has_moved_the_option_that_names_it_is_named(place, trained, tmp_path, no_hub):
+    """models/story could be a name on the hub, which is not to be blamed."""
+    content = load_checkpoint(trained)
+    content["meta"]["init"] = place
+    torch.save(content, tmp_path / "best.pt")
+    question = "the plural of mouse ?", *CPU
+    status, text = run_in(sample, str(tmp_path), *question)
+    assert status == 1 and f"was trained on --init {place}" in text and "--init names its place now" in text
+    assert run_in(sample, str(tmp_path), *question, "--init", TINY) == run_in(sample, trained, *question)
+
+
+def test_a_checkpoint_is_opened_as_it_was_made_even_where_a_default_has_changed(trained, monkeypatch):
+    class Other(IAPT):
+        def __init__(self, config, P: int = 7, m: int = 0, repeat: int = 1, activation: str = "gelu"):
+            super().__init__(config, P, m, repeat, activation)
+
+    monkeypatch.setitem(METHODS, "iapt", Other)
+    assert inspect.signature(IAPT).parameters.keys() == inspect.signature(Other).parameters.keys()
+    *_, (tuner,) = sample.open_runs([trained])
+    assert (tuner.generators[0].w_sa.shape[1], tuner.repeat) == (4, 3)
+    assert build("iapt", Config(vocab_size=9, n_layer=1, n_head=2, n_embd=16)).repeat == 1
+
+
+def test_a_truncated_checkpoint_is_one_line(trained, tmp_path):
+    with open(os.path.join(trained, "best.pt"), "rb") as f:
+        whole = f.read()
+    (tmp_path / "best.pt").write_bytes(whole[: len(whole) // 2])
+    status, text = run_in(sample, str(tmp_path), "x", *CPU)
+    assert status == 1 and "is not a checkpoint of train.py, or was cut off" in text and "Traceback" not in text
+
+
+def test_an_over_long_question_is_one_line(trained):
+    status, text = run_in(sample, trained, "word " * 300, *CPU)
+    assert status == 1 and "this model has room for 256" in text and "Traceback" not in text
+
+
+# -- What a user can mend ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "status, script, args, says",
+    [
+        (2, train, ["--method", "foo"], "no method 'foo'. There are: iapt, paper-iapt, "),
+        (2, train, ["-o", "p=4"], "iapt has no option 'p'. It has: P=4, m=0, repeat=3, activation=rational"),
+        (2, train, ["-o", "P=0"], "iapt's option P must be from 1 to "),
+        (2, train, ["-o", "activation=tan"], "option activation can be rational, gelu, relu, identity; got 'tan'"),
+        (2, train, ["--method", "lora", "-o", "on=q,w"], "lora's option on takes some of q,k,v,o,gate,up,down, "),
+        (1, train, ["--init", "nowhere"], "no model at nowhere"),
+        (1, train, ["--data", "nowhere"], "no data at nowhere"),
+        (1, train, ["--init", os.path.join(ROOT, "tests")], "no " + os.path.join(ROOT, "tests", "config.json")),
+        (1, train, ["--block-size", "8"], "the model takes 8"),
+        (1, train, ["--block-size", "100000"], "--block-size 100000: tiny takes at most 256 tokens"),
+        (1, train, ["--resume", "--out", "nowhere"], "there is no run at nowhere"),
+        (1, train, ["--out", os.path.join(ROOT, "README.md")], "README.md is a file, and not a folder"),
+        (2, train, ["--resume", "--force"], "give one of them"),
+        (2, train, ["--steps", "0"], "argument --steps: must be from 1 to 2^40, got 0"),
+        (2, train, ["--steps", "x"], "argument --steps: invalid whole number value: 'x'"),
+        (2, train, ["--seed", "9" * 20], f"argument --seed: must be from 0 to 2^40, got {'9' * 20}"),
+        (2, train, ["--lr", "-1"], "argument --lr: must be from 0.0 to 2^40, got -1"),
+        (2, train, ["--lr", "nan"], "argument --lr: must be from 0.0 to 2^40, got nan"),
+        (2, train, ["--val-rows", "-1"], "argument --val-rows: must be from 0 to 2^40, got -1"),
+        (2, train, ["--device", "foo"], "--device foo: there is no such device"),
+        (2, train, ["--scratch"], "--scratch leaves nothing frozen for iapt to tune: add --method full"),
+        (2, train, ["--shard"], "--shard is for torchrun with several processes"),
+        (1, sample, ["nowhere.pt", "x"], "no checkpoint at nowhere.pt. Run: python train.py"),
+        (1, sample, [os.path.join(ROOT, "README.md"), "x"], "README.md is not a checkpoint"),
+        (2, sample, [], "give a run, or several with --tenant"),
+        (2, sample, ["--tenant", "x.pt"], "--tenant wants a run and at least one instruction"),
+        (2, sample, ["x.pt", "x", "y", "--input", "a", "--input", "b", "--input", "c"], "3 --input for 2 instructions"),
+        (2, sample, ["x.pt", "x", "--beams", "2", "--temperature", "1"], "goes without --temperature"),
+        (2, sample, ["x.pt", "x", "--temperature", "nan"], "argument --temperature: must be from 0.0 to 2^40, got nan"),
+        (2, sample, ["x.pt", "x", "--top-p", "0"], "--top-p must be above 0 and at most 1, got 0.0"),
+        (2, sample, ["x.pt", "x", "--seed", "9" * 20], f"argument --seed: must be from 0 to 2^40, got {'9' * 20}"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_status_2_if_it_is_the_command(status, script, args, says, rows, tmp_path):
+    if script is train:
+        data = [] if "--data" in args else ["--data", rows]
+        out = [] if "--out" in args else ["--out", str(tmp_path / "x")]
+        args = [*SMALL, *data, *out, *args]
+    exited, text = run_in(script, *args)
+    assert exited == status and says in text and "Traceback" not in text
+    assert text.count("error: ") == 1 and text.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "x").exists()  # nothing half-written
+
+
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("experiments.bench", "experiments.plots")]
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "data.prepare", *SLOWER])
+def test_every_flag_refuses_nonsense_in_one_line(name, rows, trained, tmp_path, no_hub, monkeypatch):
+    script = importlib.import_module(name)
+    needed = {
+        "train": [*SMALL, "--data", rows],
+        "sample": [trained, "the past of go ?"],
+        "data.prepare": [os.path.join(rows, "val.jsonl"), "--out", "fine"],
+        "experiments.bench": [],
+        "experiments.plots": ["curves", trained],
+    }[name]
+    flags = []
+
+    def note(parser, *names, _add=cli.Parser.add_argument, **settings):
+        if names[0].startswith("-") and settings.get("action", "append") in ("append", "extend"):
+            command = parser.prog.removeprefix("python -m ").split()[1:]  # one of several, in bench
+            flags.append((command, names[-1], "type" in settings or "choices" in settings))
+        return _add(parser, *names, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.Parser, "add_argument", note)
+        run_in(script, "--help")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    assert flags
+    for command, flag, is_number in flags:
+        for value in ("", "x", "nan", "-1") if is_number else ("file/below", "nonsense\0"):
+            if (name, flag) == ("sample", "--input"):  # any text will do
+                continue
+            status, text = run_in(script, *command, *needed, flag, value)
+            assert status in (1, 2), (command, flag, value, text)
+            assert text.count("error: ") == 1 and "Traceback" not in text, (command, flag, value, text)
+            assert "unrecognized" not in text, (command, flag, value, text)
+
+
+def test_a_command_that_is_wrong_prints_one_line_and_exits_with_2():
+    command = [sys.executable, os.path.join(ROOT, "train.py"), "--method", "foo", *CPU]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: no method 'foo'. There are: iapt, ") and done.stderr.count("\n") == 1
