@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Block, Config, Soft, Tuner, split_kv
+from model import Block, Config, Soft, Tuner
 
 # -- 1. The activation -------------------------------------------------------------------------------------------------
 
@@ -53,44 +53,46 @@ class RationalFunction(torch.autograd.Function):
 
 
 def rational(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """R(x).  For large x, torch.compile(rational) is one kernel (see experiments/bench.py)."""
-    return polynomial(x, a) / (1 + polynomial(x, F.pad(b, (1, 0))).abs())
+    """R(x)."""
+    return polynomial(x, a) / (1 + polynomial(x, F.pad(b, (1, 0))).abs())  # b_0 = 0
 
 
 def rational_backward(x: Tensor, a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients with respect to x, a and b, given g, the gradient with respect to R(x)."""
-    n, dn = polynomial_and_slope(x, a)
-    s, ds = polynomial_and_slope(x, F.pad(b, (1, 0)))  # b_0 = 0
+    b = F.pad(b, (1, 0))
+    n, s = polynomial(x, a), polynomial(x, b)
+    dn, ds = polynomial(x, derivative(a)), polynomial(x, derivative(b))
     d = 1 + s.abs()
     ga = g / d
     gb = -(n / d) * ga * s.sign()
-    return torch.addcmul(dn * ga, ds, gb), moments(x, ga, len(a)), moments(x, gb, len(b) + 1)[1:]
+    return dn * ga + ds * gb, moments(x, ga, len(a)), moments(x, gb, len(b))[1:]
 
 
 def polynomial(x: Tensor, c: Tensor) -> Tensor:
-    """c_0 + c_1 x + c_2 x^2 + ..., by Horner's rule."""
+    """c_0 + c_1 x + c_2 x^2 + ...: one kernel by Horner's rule when compiled, few kernels as a product when not."""
+    if not torch.compiler.is_compiling():
+        return powers(x, len(c)) @ c
     y = torch.zeros_like(x)
     for c_j in reversed(c.unbind()):
         y = y * x + c_j
     return y
 
 
-def polynomial_and_slope(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, and its derivative with respect to x."""
-    y = dy = torch.zeros_like(x)
-    for c_j in reversed(c.unbind()):
-        dy = dy * x + y
-        y = y * x + c_j
-    return y, dy
+def powers(x: Tensor, n: int) -> Tensor:
+    """1, x, ..., x^(n-1): (.., n)."""
+    return F.pad(x[..., None].expand(*x.shape, n - 1).cumprod(-1), (1, 0), value=1.0)
+
+
+def derivative(c: Tensor) -> Tensor:
+    """The coefficients of the derivative of polynomial(x, c)."""
+    return c[1:] * torch.arange(1, len(c), dtype=c.dtype, device=c.device)
 
 
 def moments(x: Tensor, g: Tensor, n: int) -> Tensor:
     """The sums of g, g x, ..., g x^(n-1) over all elements: (n,)."""
-    sums = []
-    for _ in range(n):
-        sums.append(g.sum(-1))  # rows first: one running sum over millions of numbers would lose digits
-        g = g * x
-    return torch.stack(sums).reshape(n, -1).sum(-1)
+    if not torch.compiler.is_compiling():
+        return (powers(x, n) * g[..., None]).reshape(-1, n).sum(0)
+    return torch.stack([(g * x**j).sum() for j in range(n)])
 
 
 class Rational(nn.Module):
@@ -121,9 +123,13 @@ class Generator(nn.Module):
         self.down, self.up, self.act = down, up, ACTIVATIONS[activation]()
         self.w_sa = nn.Parameter(torch.randn(down.out_features, P) * down.out_features**-0.5)
 
+    def project(self, x: Tensor) -> Tensor:
+        """H W_down in fp32, computed in x's dtype: a copy of H in fp32 would be kept for each layer."""
+        return F.linear(x, self.down.weight.to(x.dtype)).float()
+
     def read(self, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor]:
         """Z (B, T, m), and A^T (B, P, T): how much each soft token reads of each word."""
-        z = self.down(x.float())
+        z = self.project(x)
         return z, softmax_over(instr, z @ self.w_sa)
 
     def pool(self, x: Tensor, instr: Tensor) -> Tensor:
@@ -140,12 +146,11 @@ def softmax_over(instr: Tensor, scores: Tensor) -> Tensor:
     return scores.masked_fill(~instr[..., None], float("-inf")).softmax(1).transpose(1, 2)
 
 
-def projections(C: int, m: int, out: int, up_std: float) -> tuple[nn.Linear, nn.Linear]:
-    """W_down and W_up, without biases."""
-    down, up = nn.Linear(C, m, bias=False), nn.Linear(m, out, bias=False)
-    nn.init.normal_(down.weight, std=C**-0.5)
-    nn.init.normal_(up.weight, std=up_std)
-    return down, up
+def linear(n_in: int, n_out: int, std: float) -> nn.Linear:
+    """W_down or W_up: no bias."""
+    layer = nn.Linear(n_in, n_out, bias=False)
+    nn.init.normal_(layer.weight, std=std)
+    return layer
 
 
 class PaperIAPT(Tuner):
@@ -158,9 +163,11 @@ class PaperIAPT(Tuner):
 
     def __init__(self, config: Config, P: int = 4, m: int = 0, activation: Activation = "rational"):
         super().__init__()
-        C, L, m = config.n_embd, config.n_layer, m or config.n_embd // 8
-        own = [projections(C, m, C, up_std=m**-0.5) for _ in range(L)]
-        self.generators = nn.ModuleList(Generator(down, up, P, activation) for down, up in own)
+        C, m = config.n_embd, m or max(1, config.n_embd // 8)
+        self.generators = nn.ModuleList(
+            Generator(linear(C, m, std=C**-0.5), linear(m, C, std=m**-0.5), P, activation)
+            for _ in range(config.n_layer)
+        )
 
     def prompt(self, l: int, x: Tensor, instr: Tensor) -> Tensor:
         return self.generators[l](x, instr)  # (B, P, C)
@@ -168,83 +175,56 @@ class PaperIAPT(Tuner):
 
 # -- 3. As we train it -------------------------------------------------------------------------------------------------
 # Four changes; docs/RESULTS.md says what each is worth.
-#   1. Soft tokens are keys and values, not hidden states, and get a softmax of their own (`separate`).
-#   2. Each is repeated and added to learned constants.  W_up starts at zero, so training starts at the constants.
-#   3. H, Z and Q are normalised, and the average Q over all instructions is subtracted: it is most of Q.
-#   4. All layers share one W_down and one W_up.
+#   1. A soft token is a key and a value, not a hidden state.  The key is learned, the same for every instruction; the
+#      value is learned, too, and what the generator writes is added to it.
+#   2. Soft tokens get a softmax of their own (`separate`), so they take no attention away from the words.
+#   3. All values and W_up start at zero: training starts as the frozen model.
+#   4. H and Q are scaled to unit length.  All layers share one W_down, because they read the same residual stream.
 
 
 class NormedGenerator(Generator):
-    """A generator that looks at how this instruction differs from the average one."""
+    """A generator to which the length of a hidden state, which grows from layer to layer, means nothing."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.centre = nn.Parameter(torch.zeros(self.w_sa.shape[::-1]))  # (P, m)
-
-    def read(self, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.down(rms_norm(x.float()))
-        return z, softmax_over(instr, rms_norm(z) @ self.w_sa)  # un-normed, |z| grows until one word takes all
+    def project(self, x: Tensor) -> Tensor:
+        # Each row is scaled after the projection, so that no scaled copy of H is kept.
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return super().project(x) * (x.shape[-1] ** 0.5 / length.clamp_min(1e-6))
 
     def pool(self, x: Tensor, instr: Tensor) -> Tensor:
-        q = SubtractMean.apply(super().pool(x, instr), self.centre)
-        return rms_norm(q, eps=1e-4)  # eps: where all instructions are alike, only noise is left
-
-
-def rms_norm(x: Tensor, eps: float | None = None) -> Tensor:
-    """Each row of x (.., n) scaled to unit mean square."""
-    return F.rms_norm(x, x.shape[-1:], eps=eps)
-
-
-class SubtractMean(torch.autograd.Function):
-    """q - mean, where `mean` learns to be the average of q: its gradient is that of |q - mean|^2 / 2, not of the loss.
-
-    A factor of 1e-6 hides it from gradient clipping; Adam does not depend on the scale of a gradient.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(q, mean):
-        return q - mean
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx, g):
-        (centred,) = ctx.saved_tensors
-        return g, -1e-6 * centred.sum(0)
+        q = super().pool(x, instr)
+        return F.rms_norm(q, q.shape[-1:], eps=1e-4)
 
 
 class IAPT(Tuner):
-    """P generated soft tokens per layer, each added to `repeat` learned constants: P * repeat keys and values.
+    """P soft tokens per layer whose values are generated, each with `repeat` learned keys and values.
 
-    C m + 2 m G D parameters shared by all layers, and 2 m P + 12 + 2 P repeat G D for each.
+    C m parameters shared by all layers, and m P + 12 + m G D + 2 P repeat G D for each.
     """
 
-    lr = 1.25e-3
     separate = True
 
     def __init__(self, config: Config, P: int = 4, m: int = 0, repeat: int = 3, activation: Activation = "rational"):
         super().__init__()
-        C, out = config.n_embd, 2 * config.n_kv_head * config.head_dim
-        shared = projections(C, m or C // 8, out, up_std=0.0)
-        self.generators = nn.ModuleList(NormedGenerator(*shared, P, activation) for _ in range(config.n_layer))
-        self.constants = nn.ParameterList(0.1 * torch.randn(repeat * P, out) for _ in range(config.n_layer))
-        self.repeat, self.head_dim = repeat, config.head_dim
+        C, L, out = config.n_embd, config.n_layer, config.n_kv_head * config.head_dim
+        m = m or max(1, C // 16)
+        down = linear(C, m, std=C**-0.5)
+        self.generators = nn.ModuleList(NormedGenerator(down, linear(m, out, std=0.0), P, activation) for _ in range(L))
+        self.keys = nn.ParameterList(torch.randn(repeat * P, out) for _ in range(L))
+        self.values = nn.ParameterList(torch.zeros(repeat * P, out) for _ in range(L))
+        self.repeat, self.lr = repeat, 0.5 / C  # a wider model wants smaller steps
 
     def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft:
-        s = self.generators[l](x, instr).repeat(1, self.repeat, 1) + self.constants[l]
-        return split_kv(s, self.head_dim)
+        k = self.keys[l].expand(len(x), -1, -1)
+        v = self.values[l] + self.generators[l](x, instr).repeat(1, self.repeat, 1)
+        return Soft(block.attn.heads(k), block.attn.heads(v))
 
     def groups(self, lr: float) -> list[dict]:
         """Adam moves everything by about lr a step: too little for the constants, too much for R's coefficients."""
-        constants = [*self.constants, *(g.centre for g in self.generators)]
+        constants = [*self.keys, *self.values]
         coefficients = [p for g in self.generators for p in g.act.parameters()]
         own_rate = {id(p) for p in constants + coefficients}
         return [
             {"params": [p for p in self.parameters() if id(p) not in own_rate], "lr": lr},
-            {"params": constants, "lr": 40 * lr, "weight_decay": 0.0},
+            {"params": constants, "lr": 16 * lr, "weight_decay": 0.0},
             {"params": coefficients, "lr": 0.2 * lr, "weight_decay": 0.0},
         ]

@@ -331,22 +331,23 @@ class Cache:
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy, in nats, of logits x W^T (N, V) against targets (N,), for a frozen W.
 
-    The gradient with respect to x, (softmax - one-hot) W / N, is computed with the loss, for CHUNK targets at a time:
-    so there are never more logits than that, and none are kept for the backward pass.
+    The gradient with respect to x, (softmax - one-hot) W / N, is computed with the loss, in one table of LOGITS logits.
     """
 
-    CHUNK = 1024
+    LOGITS = 2**24
 
     @staticmethod
     def forward(x, weight, targets):
         loss, dx = x.new_zeros((), dtype=torch.float32), torch.empty_like(x)
-        N = max(1, len(x))
-        for x_part, t, dx_part in zip(*(y.split(HeadLoss.CHUNK) for y in (x, targets, dx))):
+        N, rows = max(1, len(x)), max(1, HeadLoss.LOGITS // len(weight))
+        for x_part, t, dx_part in zip(x.split(rows), targets[:, None].split(rows), dx.split(rows)):
             logits = F.linear(x_part, weight).float()
-            loss += F.cross_entropy(logits, t, reduction="sum")
-            p = logits.softmax(-1)
-            p[torch.arange(len(t), device=t.device), t] -= 1
-            dx_part.copy_((p / N).to(weight.dtype) @ weight)
+            logits -= logits.amax(1, keepdim=True)
+            loss -= logits.gather(1, t).sum()
+            total = logits.exp_().sum(1, keepdim=True)
+            loss += total.log().sum()
+            logits.div_(total).scatter_add_(1, t, -torch.ones_like(total)).div_(N)  # softmax - one-hot
+            torch.mm(logits.to(weight.dtype), weight, out=dx_part)
         return loss / N, dx
 
     @staticmethod
@@ -406,9 +407,8 @@ class Decoder(nn.Module):
         for l, block in enumerate(self.h):
             joined, separate = tuner.soft(block, l, x, instr)
             mask = attention_mask(x, visible, joined)
-            run = block
-            if self.checkpointing and torch.is_grad_enabled():
-                run = functools.partial(checkpoint, block, use_reentrant=False)
+            recompute = self.checkpointing and torch.is_grad_enabled()
+            run = functools.partial(checkpoint, block, use_reentrant=False) if recompute else block
             x, k, v = run(x, rope, mask, joined, separate)
             if cache is not None:
                 cache.append(k, v, visible, joined, separate)
@@ -429,7 +429,7 @@ class Decoder(nn.Module):
         x, targets = x[targets >= 0], targets[targets >= 0]
         if x.requires_grad and not self.head.weight.requires_grad:
             return HeadLoss.apply(x, self.head.weight, targets)[0]
-        return F.cross_entropy(self.head(x).float(), targets)
+        return F.cross_entropy(self.head(x).float(), targets, reduction="sum") / max(1, len(targets))
 
     @torch.no_grad()
     def prefill(self, idx: Tensor, length: Tensor, tuner: Tuner | None = None, room: int = 0) -> tuple[Tensor, Cache]:

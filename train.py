@@ -74,6 +74,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--checkpoint", action="store_true", help="recompute activations in the backward pass: less memory")
     add("--shard", action="store_true", help="under torchrun: spread the frozen weights over the processes")
     args = parser.parse_args(argv)
+    args.o = spell_out(args.method, args.o)  # a wrong option is found before anything is opened
     args.out = args.out or os.path.join("out", args.method)
     if args.resume and args.force:
         parser.error("--resume continues the run in --out, --force starts it again: give one of them")
@@ -204,11 +205,10 @@ class Session(NamedTuple):
     def scores(self, tuner: Tuner | None = None) -> dict[str, Score]:
         """Scores of all test sets, with accuracy in place of exact match where the outputs are classes."""
         scores = {name: evaluate(self.model, self.examples[name], tuner) for name in self.tests}
-        if self.labels:
-            for name in self.tests:
-                words = self.rows[name], self.examples[name], self.labels
-                right = accuracy(self.model, self.tokenizer, *words, tuner, self.template)
-                scores[name] = scores[name]._replace(exact=right)
+        for name in self.tests if self.labels else []:
+            rows = self.rows[name], self.examples[name], self.labels
+            right = accuracy(self.model, self.tokenizer, *rows, tuner, self.template)
+            scores[name] = scores[name]._replace(exact=right)
         return scores
 
 
@@ -237,7 +237,7 @@ def new_tuner(args: Namespace, session: Session) -> tuple[Tuner, dict]:
     tuner.start(session.model)
     args.lr = tuner.lr if args.lr is None else args.lr
     meta = {name: getattr(args, name) for name in RUN_KEYS}
-    meta |= {"options": spell_out(args.method, args.o), "base": fingerprint(session.model), "dtype": str(weight.dtype)}
+    meta |= {"options": args.o, "base": fingerprint(session.model), "dtype": str(weight.dtype)}
     meta |= {"block_size": session.block_size, "rows": rows_fingerprint(session.rows)}
     return tuner, meta
 

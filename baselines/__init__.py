@@ -48,6 +48,11 @@ def spell_out(name: str, options: Iterable[str]) -> list[str]:
     """All options of a method as on the command line, those left out with their defaults: defaults may change."""
     cls = method(name)
     values = {k: p.default for k, p in parameters(cls).items()} | parse_options(cls, name, options)
+    return as_options(values)
+
+
+def as_options(values: dict) -> list[str]:
+    """{"P": 8, ...} -> ["P=8", ...]; a switch is 0 or 1."""
     return [f"{k}={int(v) if isinstance(v, bool) else v}" for k, v in values.items()]
 
 
@@ -65,7 +70,7 @@ def parse_options(cls: type, name: str, options: Iterable[str]) -> dict:
     for option in options:
         key, _, text = option.partition("=")
         if key not in known:
-            have = ", ".join(f"{k}={p.default}" for k, p in known.items()) or "none"
+            have = ", ".join(as_options({k: p.default for k, p in known.items()})) or "none"
             raise UsageError(f"{name} has no option {key!r}. It has: {have}")
         values[key] = parse_value(text, known[key], f"{name}'s option {key}")
     return values

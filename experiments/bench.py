@@ -583,12 +583,18 @@ def parse(argv: list[str]) -> Namespace:
         add("--shapes", type=among(SHAPES), default=shapes, help=f"random models: {', '.join(SHAPES)}")
         add("--init", help="a folder or a name on the hub, in place of --shapes")
         add("--rows", type=at_least(1), default=8, help="rows of a batch")
-        add("--tokens", type=at_least(2), default=128 if name == "step" else 64, help="tokens of a row", **several)
+        add(
+            "--tokens",
+            type=at_least(2),
+            default={"step": 128, "serve": [64]}.get(name, 64),
+            help="tokens of a row",
+            **several,
+        )
         if name == "step":
             add("--methods", type=among(METHODS), default="iapt,ptuning2,lora,full", help="which of ours")
             add("--checkpoint", action="store_true", help="ours compute activations again in the backward pass")
         else:
-            add("--new", type=at_least(1), default=64, help="tokens to write", **several)
+            add("--new", type=at_least(1), default=[64] if name == "serve" else 64, help="tokens to write", **several)
         if name == "generate":
             add("--methods", type=among(["frozen", *METHODS]), default="frozen,iapt,lora", help="which of ours")
         if name == "serve":

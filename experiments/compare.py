@@ -254,8 +254,8 @@ class Comparison:
         table = TABLES[args.table]
         self.options = [*table.options.split(), *args.rest]
         model_args = train.parse(self.options)
-        config = read_config(os.path.join(find_model(model_args.init), "config.json"))
-        self.sizes = {name: sized(config, name, args.budget or table.budget) for name in args.methods}
+        self.config = read_config(os.path.join(find_model(model_args.init), "config.json"))
+        self.sizes = {name: sized(self.config, name, args.budget or table.budget) for name in args.methods}
 
     def folder(self, name: str, rate: float = 0.0, seed: int = 0) -> str:
         return os.path.join(self.args.out, "runs", f"{name}-lr{rate:.2e}-seed{seed}" if rate else name)
@@ -274,7 +274,8 @@ class Comparison:
             future.add_done_callback(lambda _: bar.update())
             return future
 
-        lr = METHODS[ROWS[name].method].lr
+        with torch.device("meta"):
+            lr = build(ROWS[name].method, self.config, self.sizes[name][0]).lr
         trials = {lr * multiple: submit(lr * multiple, 0) for multiple in self.args.rates}
         vals = {rate: future.result()["val"] for rate, future in trials.items()}
         rate = min(vals, key=vals.get)

@@ -227,15 +227,15 @@ def inside_table(model: Decoder, tuner: IAPT | PaperIAPT, batch: Batch) -> Itera
 
     length of H      mean length of the instruction's hidden states
     words read       e^entropy of the pooling of each soft token: 1 is one word, n are n words alike
-    Q, common        root mean square of the average of A^T Z over the rows, before it is centred
+    Q, common        root mean square of the average of A^T Z over the rows
     Q, own           root mean square of the deviation from that
     into R           1 % and 99 % quantiles of the activation's inputs
-    constants        mean length of a constant
+    learned          mean length of a learned value
     generated        mean length of the average of what the generator writes
     by instruction   mean length of the deviation from that
     attention        share of the soft tokens in what attention finds, over heads
     """
-    names = ["layer", "length of H", "words read", "Q, common", "Q, own", "into R", "constants", "generated",
+    names = ["layer", "length of H", "words read", "Q, common", "Q, own", "into R", "learned", "generated",
              "by instruction", "attention"]  # fmt: skip
     yield f"| {' | '.join(names)} |"
     yield "|---" * len(names) + "|"
@@ -252,7 +252,7 @@ def inside_table(model: Decoder, tuner: IAPT | PaperIAPT, batch: Batch) -> Itera
             f"{q.mean(0).pow(2).mean().sqrt():.2f}",
             f"{(q - q.mean(0)).pow(2).mean().sqrt():.2f}",
             f"{pooled.quantile(0.01):.1f} to {pooled.quantile(0.99):.1f}",
-            f"{tuner.constants[l].norm(dim=-1).mean():.1f}" if isinstance(tuner, IAPT) else "",
+            f"{tuner.values[l].norm(dim=-1).mean():.1f}" if isinstance(tuner, IAPT) else "",
             f"{s.mean(0).norm(dim=-1).mean():.1f}",
             f"{(s - s.mean(0)).norm(dim=-1).mean():.1f}",
             f"{share[l].min():.0%} to {share[l].max():.0%}",

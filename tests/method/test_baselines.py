@@ -34,7 +34,7 @@ def test_whatever_options_a_method_has_all_of_them_spelled_out_build_it_again(mo
 @pytest.mark.parametrize(
     "option, says",
     [
-        ("size=4", "odd has no option 'size'. It has: extra=0, many=3, rate=0.5, on=True, word=a"),
+        ("size=4", "odd has no option 'size'. It has: extra=0, many=3, rate=0.5, on=1, word=a"),
         ("hook=x", "no option 'hook'"),
         ("many=four", "odd's option many takes a whole number, got 'four'"),
         ("many=0", "odd's option many must be from 1 to 2147483647, got 0"),

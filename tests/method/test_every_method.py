@@ -145,8 +145,8 @@ def test_a_prompt_is_read_in_evaluation_mode_and_the_mode_is_left_as_it_was(tune
     assert not tuned.tuner.training
 
 
-# Tracing takes seconds: by default, one architecture with each method's defaults.
-QUICK = [case for case in CASES if case[0] == "llama" and not case[2]]
+# Tracing takes seconds: by default, three kinds of method on one architecture.
+QUICK = [case for case in CASES if case[0] == "llama" and case[1] in ("iapt", "prompt", "lora") and not case[2]]
 TRACED = [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 

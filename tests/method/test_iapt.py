@@ -17,17 +17,16 @@ from iapt import (
     PaperIAPT,
     Rational,
     RationalFunction,
-    SubtractMean,
-    projections,
+    linear,
     rational,
     rational_backward,
 )
-from model import Config, Soft, attention_mask, rotary, split_kv
+from model import Config, Soft, attention_mask, rotary
 
 # -- The activation ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("degrees", [(6, 5), (5, 4), (3, 3), (1, 1), (0, 1), (2, 6)])
+@pytest.mark.parametrize("degrees", [(6, 5), (5, 4), (3, 3), (1, 1), (2, 6)])
 def test_the_rationals_gradients_are_right_for_x_a_and_b(degrees):
     n, k = degrees
     g = torch.Generator().manual_seed(n)
@@ -127,7 +126,7 @@ def test_the_activation_takes_any_shape(shape):
 
 def generator(cls, P=4):
     torch.manual_seed(0)
-    return shake(cls(*projections(32, 5, 16, up_std=1.0), P, "rational"))
+    return shake(cls(linear(32, 5, std=0.2), linear(5, 16, std=1.0), P, "rational"))
 
 
 def hidden_states(lengths=(6, 3), T=8):
@@ -147,58 +146,35 @@ def test_pooling_weights_are_a_distribution_over_the_instruction(cls):
     torch.testing.assert_close(g(other, instr), g(x, instr))
 
 
-def test_normed_pooling_is_not_sharpened_by_the_length_of_z():
-    x, instr = hidden_states()
-    for cls in (Generator, NormedGenerator):
-        g = generator(cls)
-        _, before = g.read(x, instr)
-        with torch.no_grad():
-            g.down.weight *= 9
-        assert torch.allclose(g.read(x, instr)[1], before, atol=1e-5) == (cls is NormedGenerator)
-
-
 @pytest.mark.parametrize("cls", [Generator, NormedGenerator])
 def test_with_norms_the_length_of_hidden_states_is_nothing_and_q_has_unit_mean_square(cls):
     g, normed = generator(cls), cls is NormedGenerator
-    if normed:
-        g.centre.data += 4  # far from all q: what is small is left small
     x, instr = hidden_states()
     q, longer = g.pool(x, instr), g.pool(7 * x, instr)
-    assert torch.allclose(q, longer, atol=1e-4) == normed
-    assert torch.allclose(q.pow(2).mean(-1), torch.ones(2, 4), atol=1e-4) == normed
+    assert torch.allclose(q, longer, atol=1e-3) == normed
+    assert torch.allclose(q.pow(2).mean(-1), torch.ones(2, 4), atol=1e-2) == normed
 
 
-def test_q_is_measured_from_its_centre():
-    g, (x, instr) = generator(NormedGenerator), hidden_states()
-    z, weights = g.read(x, instr)
-    g.centre.data = (weights @ z)[0].detach()
-    q = g.pool(x, instr)
-    assert (q[0] == 0).all() and (q[1] != 0).any()
+def test_a_row_is_scaled_after_the_projection_as_if_it_had_been_before():
+    g, (x, _) = generator(NormedGenerator), hidden_states()
+    torch.testing.assert_close(g.project(x), g.down(torch.nn.functional.rms_norm(x, (32,))), atol=1e-4, rtol=1e-4)
+    assert g.project(torch.zeros_like(x)).isfinite().all()
 
 
-def test_what_is_left_where_all_instructions_are_alike_is_not_blown_up():
-    g, (x, instr) = generator(NormedGenerator), hidden_states([6])
-    z, weights = g.read(x, instr)
-    g.centre.data = (weights @ z)[0].detach() + 1e-4
-    assert g.pool(x, instr).abs().max() < 0.1
+@pytest.mark.parametrize("cls", [Generator, NormedGenerator])
+def test_a_generator_keeps_no_copy_of_the_hidden_states_for_the_backward_pass(cls):
+    """In the frozen model's dtype: a copy of x (B, T, C) in fp32, or normed, would be kept for every layer."""
+    g, x = generator(cls), torch.randn(4, 50, 32).bfloat16()
+    kept = {}
 
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
 
-def test_the_centre_becomes_the_mean_of_q_whatever_the_loss_and_whatever_the_batch_s_parts():
-    q, c = torch.randn(64, 4, 5) + torch.randn(4, 5), torch.zeros(4, 5, requires_grad=True)
-    optimizer = torch.optim.Adam([c], lr=0.05)
-    for step in range(400):
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 400)
-        optimizer.zero_grad()
-        (1e-3 * SubtractMean.apply(q, c).exp().sum()).backward()
-        optimizer.step()
-    torch.testing.assert_close(c.detach(), q.mean(0), atol=0.01, rtol=0)
-    x, c = q.clone().requires_grad_(), torch.zeros(4, 5, requires_grad=True)
-    SubtractMean.apply(x, c).backward(q)
-    assert torch.equal(x.grad, q)  # the centre does not change the gradient of q
-    whole, c.grad = c.grad, None
-    for part in q.split(16):
-        SubtractMean.apply(part, c).sum().backward()
-    torch.testing.assert_close(c.grad, whole, atol=0, rtol=1e-4)  # both are tiny
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        g(x.requires_grad_(), torch.ones(4, 50, dtype=torch.bool))
+    del kept[x.untyped_storage().data_ptr()]
+    assert max(kept.values()) <= 4 * 50 * 5 * 4  # Z in fp32
 
 
 # -- The soft tokens ---------------------------------------------------------------------------------------------------
@@ -210,32 +186,28 @@ def test_the_parameter_counts_are_those_of_the_docstrings():
         paper = PaperIAPT(Config(arch="llama", vocab_size=32000, n_layer=32, n_head=32, n_embd=4096), m=320)
         ours = IAPT(Config(arch="llama", vocab_size=1000, n_layer=4, n_head=4, n_embd=128))  # the shipped model's sizes
     assert sum(p.numel() for p in paper.parameters()) == 32 * (2 * 4096 * 320 + 320 * 4 + 12) == 83_927_424
-    shared, each = 128 * 16 + 2 * 16 * 128, 2 * 16 * 4 + 12 + 2 * 4 * 3 * 128
-    assert sum(p.numel() for p in ours.parameters()) == shared + 4 * each == 18_992
+    each = 8 * 4 + 12 + 8 * 128 + 2 * 4 * 3 * 128
+    assert sum(p.numel() for p in ours.parameters()) == 128 * 8 + 4 * each == 17_584
 
 
-def test_training_starts_at_the_constants(model):
-    """W_up starts at zero, so at first the soft tokens do not depend on the instruction."""
-    tuner, block = IAPT(model.config), model.h[1]
-    x, instr = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
-    constants = split_kv(tuner.constants[1].expand(2, -1, -1), model.config.head_dim)
-    soft = tuner.kv(block, 1, x, instr)
-    assert torch.equal(soft.k, constants.k) and torch.equal(soft.v, constants.v)
-    assert len(tuner.constants[1].unique(dim=0)) == 12
-    shake(tuner)
-    assert not torch.equal(*tuner.kv(block, 1, x, instr).k)
+def test_training_starts_as_the_frozen_model(model):
+    """Values and W_up start at zero, and every parameter of the soft tokens moves from there."""
+    idx, instr = right_padded([9, 5], 9)
+    tuner = IAPT(model.config)
+    assert torch.equal(model(idx, instr, tuner), model(idx))
+    model(idx, instr, tuner, idx).backward()
+    moved = [*tuner.values, *(g.up.weight for g in tuner.generators)]
+    assert all(p.grad.abs().sum() > 0 for p in moved)
 
 
-def test_what_is_generated_for_a_soft_token_is_added_to_each_of_its_constants(model):
+def test_what_is_generated_for_a_soft_token_is_added_to_each_of_its_values_and_to_no_key(model):
     tuner = shake(IAPT(model.config, P=2, repeat=3))
     x, instr = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
     generated = tuner.generators[1](x, instr)
     assert generated.shape[1] == 2 and not torch.allclose(generated[:, 0], generated[:, 1])
-    soft = tuner.kv(model.h[1], 1, x, instr)
-    constants = split_kv(tuner.constants[1][None], model.config.head_dim)
-    added = split_kv(torch.cat([generated] * 3, 1), model.config.head_dim)
-    torch.testing.assert_close(soft.k, constants.k + added.k)
-    torch.testing.assert_close(soft.v, constants.v + added.v)
+    soft, heads = tuner.kv(model.h[1], 1, x, instr), model.h[1].attn.heads
+    torch.testing.assert_close(soft.v, heads(tuner.values[1] + torch.cat([generated] * 3, 1)))
+    torch.testing.assert_close(soft.k, heads(tuner.keys[1].expand(2, -1, -1)))
 
 
 def test_prepending_soft_tokens_and_discarding_them_equals_extra_keys_and_values(model):
@@ -296,15 +268,24 @@ def test_a_soft_token_that_is_not_kept_does_not_act(model):
     assert not torch.allclose(y, block(x, rope, separate=Soft(k, v))[0])
 
 
-def test_decay_pulls_no_coefficient_no_mean_and_no_constant_towards_zero(model):
+def test_decay_pulls_no_coefficient_and_no_constant_towards_zero(model):
     tuner = IAPT(model.config)
-    exempt = {id(p) for g in tuner.generators for p in (*g.act.parameters(), g.centre)} | set(map(id, tuner.constants))
+    exempt = {id(p) for g in tuner.generators for p in g.act.parameters()} | {
+        *map(id, tuner.keys),
+        *map(id, tuner.values),
+    }
     assert {id(p) for group in tuner.groups(1.0) if group.get("weight_decay") == 0.0 for p in group["params"]} == exempt
 
 
-def test_layers_share_the_projections_of_ours_and_nothing_else():
+def test_a_wider_model_gets_a_smaller_rate():
+    narrow, wide = (IAPT(Config(vocab_size=9, n_layer=1, n_head=2, n_embd=C)).lr for C in (64, 256))
+    assert narrow == 4 * wide
+
+
+def test_layers_share_the_down_projection_of_ours_and_nothing_else():
     config = small_model("llama", n_layer=4).config
-    for cls, projections_in_all in ((IAPT, 1), (PaperIAPT, 4)):
+    for cls, shared in ((IAPT, 1), (PaperIAPT, 4)):
         generators = cls(config).generators
-        assert len({id(g.down) for g in generators}) == len({id(g.up) for g in generators}) == projections_in_all
+        assert len({id(g.down) for g in generators}) == shared
+        assert len({id(g.up) for g in generators}) == 4
         assert len({id(g.w_sa) for g in generators}) == len({id(g.act) for g in generators}) == 4

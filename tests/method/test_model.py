@@ -33,7 +33,7 @@ def test_a_token_looks_at_visible_tokens_up_to_itself_and_at_all_soft_tokens_beh
 
 @pytest.mark.parametrize("chunk", [1, 4, 1024])
 def test_the_loss_of_a_frozen_head_and_its_gradient_are_those_of_cross_entropy(model, monkeypatch, chunk):
-    monkeypatch.setattr(HeadLoss, "CHUNK", chunk)
+    monkeypatch.setattr(HeadLoss, "LOGITS", 50 * chunk)
     tuner = small_tuner("iapt", model)
     idx, instr = right_padded([6, 4], 12)
     targets = torch.where(instr, -1, torch.randint(1, 50, idx.shape))

@@ -56,8 +56,8 @@ def test_where_all_tokens_are_alike_the_soft_ones_share_attention_by_their_numbe
             linear.bias = torch.nn.Parameter(torch.full((linear.out_features,), float(linear is block.attn.v)))
     tuner, batch = build(method, model.config, options), small_batch()
     if method == "iapt":
-        for constants in tuner.constants:
-            torch.nn.init.ones_(constants)
+        for values in tuner.values:
+            torch.nn.init.ones_(values)
     share = plots.soft_share(model, tuner, batch)
     t = torch.arange(9)
     wanted = torch.tensor(0.5) if method == "iapt" else (3 / (3 + t + 1)).expand(2, -1)[batch.targets >= 0].mean()

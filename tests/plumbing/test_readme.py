@@ -1,4 +1,4 @@
-"""The README's code is the project's code."""
+"""The code and the commands of README.md and docs/RESULTS.md are the project's."""
 
 import ast
 import contextlib
@@ -22,9 +22,33 @@ from baselines.prompts import Mine
 from iapt import PaperIAPT
 from model import Config, Tuner
 
-with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
-    README = f.read()
+
+def read(name):
+    with open(os.path.join(ROOT, name), encoding="utf-8") as f:
+        return f.read()
+
+
+README, RESULTS = read("README.md"), read("docs/RESULTS.md")
 NUMBER = r"-?\b\d+\.?\d*(?:e-?\d+)?\b"
+
+
+def test_the_readme_can_be_read_in_ten_minutes():
+    assert len(README.splitlines()) <= 250 and len(README.encode()) <= 16_000
+
+
+def without_code(text):
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/RESULTS.md", "docs/DATA.md"])
+def test_links_lead_to_files_and_headings(name):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", without_code(read(name))):
+        file, _, anchor = link.partition("#")
+        path = os.path.normpath(os.path.join(os.path.dirname(name), file)) if file else name
+        assert os.path.exists(os.path.join(ROOT, path)), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", without_code(read(path)), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings], link
 
 
 def block(beginning):
@@ -64,9 +88,10 @@ def copy(tmp_path):
 
 
 def shell(command, folder):
-    """What a command of the README prints."""
+    """What a command prints."""
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests run beside it
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -74,12 +99,13 @@ def shell(command, folder):
 @pytest.mark.slow
 def test_commands_marked_quick_run_and_leave_the_pictures_as_they_are(copy):
     pytest.importorskip("matplotlib", reason="pictures want matplotlib")
-    commands = [line for code in re.findall(r"```sh quick\n(.*?)```", README, re.DOTALL) for line in code.splitlines()]
+    blocks = re.findall(r"```sh quick\n(.*?)```", README + RESULTS, re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()]
     assert len(commands) >= 5
     for command in commands:
         printed = shell(command, copy)
         picture = re.search(r"--out (docs/\S+)", command)
-        if picture:  # what the README shows is what its command draws, if not to the last digit
+        if picture:  # what the page shows is what its command draws, if not to the last digit
             old, new = (open(os.path.join(where, picture[1]), encoding="utf-8").read() for where in (ROOT, copy))
             assert re.sub(NUMBER, "", new) == re.sub(NUMBER, "", old)
             old, new = (torch.tensor(list(map(float, re.findall(NUMBER, text)))) for text in (old, new))
@@ -90,7 +116,7 @@ def test_commands_marked_quick_run_and_leave_the_pictures_as_they_are(copy):
 
 @pytest.mark.slow
 def test_console_blocks_marked_quick_are_what_the_commands_print(copy):
-    blocks = re.findall(r"```console quick\n\$ (.*?)\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```console quick\n\$ (.*?)\n(.*?)```", README + RESULTS, re.DOTALL)
     assert blocks
     for command, printed in blocks:
         assert shell(command, copy) == printed
