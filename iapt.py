@@ -179,7 +179,7 @@ class PaperIAPT(Tuner):
 #      value is learned, too, and what the generator writes is added to it.
 #   2. Soft tokens get a softmax of their own (`separate`), so they take no attention away from the words.
 #   3. All values and W_up start at zero: training starts as the frozen model.
-#   4. H and Q are scaled to unit length.  All layers share one W_down, because they read the same residual stream.
+#   4. H and Q are scaled to unit mean square.  All layers share one W_down: they read the same residual stream.
 
 
 class NormedGenerator(Generator):
@@ -202,13 +202,14 @@ class IAPT(Tuner):
     """
 
     separate = True
+    generator = NormedGenerator
 
     def __init__(self, config: Config, P: int = 4, m: int = 0, repeat: int = 3, activation: Activation = "rational"):
         super().__init__()
         C, L, out = config.n_embd, config.n_layer, config.n_kv_head * config.head_dim
         m = m or max(1, C // 16)
         down = linear(C, m, std=C**-0.5)
-        self.generators = nn.ModuleList(NormedGenerator(down, linear(m, out, std=0.0), P, activation) for _ in range(L))
+        self.generators = nn.ModuleList(self.generator(down, linear(m, out, std=0.0), P, activation) for _ in range(L))
         self.keys = nn.ParameterList(torch.randn(repeat * P, out) for _ in range(L))
         self.values = nn.ParameterList(torch.zeros(repeat * P, out) for _ in range(L))
         self.repeat, self.lr = repeat, 0.5 / C  # a wider model wants smaller steps

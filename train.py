@@ -32,7 +32,7 @@ from data.tokenizer import Tokenizer
 from model import Decoder, Tuner
 from plumbing import distributed
 from plumbing.checkpoint import RunFolder, load_checkpoint, load_into, save_tuner
-from plumbing.cli import Parser, SignalGuard, add_device_options, at_least, pick_device, run
+from plumbing.cli import Parser, SignalGuard, UsageError, add_device_options, at_least, pick_device, run
 from plumbing.files import copy_tokenizer
 from plumbing.hub import find_model
 from plumbing.pretrained import fingerprint, save_pretrained
@@ -218,7 +218,7 @@ def open_session(args: Namespace, device: str, dtype: torch.dtype) -> Session:
     model, tokenizer = open_model(args.init, "cpu" if args.shard else device, dtype, args.scratch)
     block_size, template = args.block_size or model.config.block_size, make_template(args.template, tokenizer)
     if block_size > model.config.block_size:
-        raise ValueError(f"--block-size {block_size}: {args.init} takes at most {model.config.block_size} tokens")
+        raise UsageError(f"--block-size {block_size}: {args.init} takes at most {model.config.block_size} tokens")
     rows, limits = open_data(args.data, args.skip_bad), {"train": 0, "val": args.val_rows}
     labels = label_words(rows["train"])
     rows = {name: evenly_spaced(split, limits.get(name, args.test_rows)) for name, split in rows.items()}

@@ -114,8 +114,12 @@ class RunFolder:
         """
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise FileExistsError(f"{self.path} is a file, and not a folder: --out names another one")
-        os.makedirs(self.path, exist_ok=True)
         path = os.path.abspath(os.path.join(self.path, "lock"))
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            open(path, "a").close()
+        except (OSError, ValueError) as e:  # ValueError: a null byte
+            raise OSError(f"--out {self.path!r} cannot be written: {e}") from None
         if fcntl and path not in LOCKS:
             handle = open(path, "w")  # noqa: SIM115  (stays open until the process ends)
             try:
