@@ -1,7 +1,7 @@
 """IAPT, instruction-aware prompt tuning (arXiv 2405.18203).
 
 The language model is frozen.  At every layer a small generator reads the hidden states of the instruction and writes P
-soft tokens, to which everything after it can attend.  Only the generators, and a few learned constants, are trained.
+soft tokens, to which everything after it can attend.  Only the generators and learned constants are trained.
 
     Z = H W_down           (T, m)   H (T, C): the instruction's hidden states at this layer; m is much smaller than C
     A = softmax(Z W_sa)    (T, P)   over the T positions: how much soft token p reads of each word
@@ -59,17 +59,17 @@ def rational(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def rational_backward(x: Tensor, a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients with respect to x, a and b, given g, the gradient with respect to R(x)."""
-    b = F.pad(b, (1, 0))
-    n, s = polynomial(x, a), polynomial(x, b)
-    dn, ds = polynomial(x, derivative(a)), polynomial(x, derivative(b))
+    b0 = F.pad(b, (1, 0))
+    n, s = polynomial(x, a), polynomial(x, b0)
+    dn, ds = polynomial(x, derivative(a)), polynomial(x, derivative(b0))
     d = 1 + s.abs()
-    ga = g / d
-    gb = -(n / d) * ga * s.sign()
-    return dn * ga + ds * gb, moments(x, ga, len(a)), moments(x, gb, len(b))[1:]
+    g_n = g / d
+    g_s = -(n / d) * g_n * s.sign()
+    return dn * g_n + ds * g_s, moments(x, g_n, len(a)), moments(x, g_s, len(b0))[1:]
 
 
 def polynomial(x: Tensor, c: Tensor) -> Tensor:
-    """c_0 + c_1 x + c_2 x^2 + ...: one kernel by Horner's rule when compiled, few kernels as a product when not."""
+    """c_0 + c_1 x + c_2 x^2 + ...  Compiled, Horner's rule is one kernel; else a product with the powers is a few."""
     if not torch.compiler.is_compiling():
         return powers(x, len(c)) @ c
     y = torch.zeros_like(x)
@@ -107,7 +107,7 @@ class Rational(nn.Module):
         self.b = nn.Parameter(torch.tensor([0.0, 4.00438133, 0.0, 0.367282504, 0.0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return RationalFunction.apply(x.float() / 4, self.a, self.b).to(x.dtype)  # x^6 overflows fp16 near |x| = 6
+        return RationalFunction.apply(x.float() / 4, self.a, self.b).to(x.dtype)  # fp32: (x / 4)^6 overflows fp16
 
 
 ACTIVATIONS = {"rational": Rational, "gelu": nn.GELU, "relu": nn.ReLU, "identity": nn.Identity}
@@ -124,7 +124,7 @@ class Generator(nn.Module):
         self.w_sa = nn.Parameter(torch.randn(down.out_features, P) * down.out_features**-0.5)
 
     def project(self, x: Tensor) -> Tensor:
-        """H W_down in fp32, computed in x's dtype: a copy of H in fp32 would be kept for each layer."""
+        """Z = H W_down, in fp32.  The product is in x's dtype: else autograd would keep a copy of H for each layer."""
         return F.linear(x, self.down.weight.to(x.dtype)).float()
 
     def read(self, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,18 +156,17 @@ def linear(n_in: int, n_out: int, std: float) -> nn.Linear:
 class PaperIAPT(Tuner):
     """A generator for each layer writes P hidden states, which stand among the tokens.
 
-    L (2 C m + m P + 12) parameters: 83.9M for LLaMA-2 7B with m = 320, as arXiv 2410.18035 reports for IAPT.
+    L (2 C m + m P + 12) parameters: 83.9M for LLaMA-2 7B with m = 320, as arXiv 2410.18035 reports for IAPT.  m = 0
+    stands for C / 8.
     """
-
-    lr = 4e-2
 
     def __init__(self, config: Config, P: int = 4, m: int = 0, activation: Activation = "rational"):
         super().__init__()
-        C, m = config.n_embd, m or max(1, config.n_embd // 8)
-        self.generators = nn.ModuleList(
-            Generator(linear(C, m, std=C**-0.5), linear(m, C, std=m**-0.5), P, activation)
-            for _ in range(config.n_layer)
-        )
+        C, L = config.n_embd, config.n_layer
+        m = m or max(1, C // 8)
+        own = [(linear(C, m, std=C**-0.5), linear(m, C, std=m**-0.5)) for _ in range(L)]
+        self.generators = nn.ModuleList(Generator(down, up, P, activation) for down, up in own)
+        self.lr = 5.0 / C
 
     def prompt(self, l: int, x: Tensor, instr: Tensor) -> Tensor:
         return self.generators[l](x, instr)  # (B, P, C)
@@ -196,9 +195,10 @@ class NormedGenerator(Generator):
 
 
 class IAPT(Tuner):
-    """P soft tokens per layer whose values are generated, each with `repeat` learned keys and values.
+    """P generated values per layer, each added to `repeat` learned values with keys of their own: repeat P soft tokens.
 
-    C m parameters shared by all layers, and m P + 12 + m G D + 2 P repeat G D for each.
+    C m parameters shared by all layers, and in each layer m P + 12 + m G D + 2 repeat P G D.  m = 0 stands for C / 16.
+    `Decoder.hidden` calls `kv` once for each layer, when a prompt is read.
     """
 
     separate = True
@@ -208,7 +208,7 @@ class IAPT(Tuner):
         super().__init__()
         C, L, out = config.n_embd, config.n_layer, config.n_kv_head * config.head_dim
         m = m or max(1, C // 16)
-        down = linear(C, m, std=C**-0.5)
+        down = linear(C, m, std=C**-0.5)  # the same in all layers
         self.generators = nn.ModuleList(self.generator(down, linear(m, out, std=0.0), P, activation) for _ in range(L))
         self.keys = nn.ParameterList(torch.randn(repeat * P, out) for _ in range(L))
         self.values = nn.ParameterList(torch.zeros(repeat * P, out) for _ in range(L))
@@ -220,7 +220,10 @@ class IAPT(Tuner):
         return Soft(block.attn.heads(k), block.attn.heads(v))
 
     def groups(self, lr: float) -> list[dict]:
-        """Adam moves everything by about lr a step: too little for the constants, too much for R's coefficients."""
+        """Adam moves everything by about lr a step: too little for the constants, too much for R's coefficients.
+
+        Weight decay would pull an activation that starts as GELU, and keys, towards zero.
+        """
         constants = [*self.keys, *self.values]
         coefficients = [p for g in self.generators for p in g.act.parameters()]
         own_rate = {id(p) for p in constants + coefficients}

@@ -180,7 +180,7 @@ class Block(nn.Module):
         self.ln_2, self.mlp = norm(c), MLP(c)
 
     def soft_kv(self, s: Tensor) -> Soft:
-        """Keys and values of soft tokens s (B, P, C) in front of this block's input."""
+        """Keys and values of soft tokens s (B, P, C) that enter this block."""
         s = self.ln_1(s)  # at rotary position 0, where the rotation is the identity
         return Soft(self.attn.heads(self.attn.k(s)), self.attn.heads(self.attn.v(s)))
 
@@ -232,7 +232,7 @@ class Embedded(NamedTuple):
 class Tuner(nn.Module):
     """A way to tune a frozen decoder.  Override what you need: the defaults do nothing.
 
-    The decoder hands over hidden states x (B, T, C) and instr (B, T), True on the instruction.  Read nothing else: the
+    The decoder hands over hidden states x (B, T, C) and instr (B, T), True on the prompt.  Read nothing else: the
     rest is padding and the response, and a prompt that has seen the response has seen the labels.  Keep nothing
     between calls, so that nothing stale survives a step.
     """
@@ -253,7 +253,7 @@ class Tuner(nn.Module):
         """Before each training step: the share of training that is over, 0 to 1, for what anneals."""
 
     def embed(self, x: Tensor, instr: Tensor) -> Embedded:
-        """Once a sequence: embeddings x (B, T, C) with T' - T soft tokens among each row's, before its padding."""
+        """Once a sequence: embeddings x (B, T, C) -> T' - T soft tokens more in each row, before its padding."""
         return Embedded(x)
 
     def prompt(self, l: int, x: Tensor, instr: Tensor) -> Tensor | None:
@@ -266,7 +266,7 @@ class Tuner(nn.Module):
         return None if s is None else block.soft_kv(s.to(x.dtype))
 
     def soft(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Soft | None, Soft | None]:
-        """Once a layer: its soft tokens that are joined with the tokens, and those that are separate."""
+        """Once a layer: soft tokens in the tokens' softmax (joined), and in one of their own (separate)."""
         soft = self.kv(block, l, x, instr)
         return (None, soft) if self.separate else (soft, None)
 

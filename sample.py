@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None):
         tenant_of_row = [paths.index(path) for path, *prompts in tenants for _ in prompts]
         tuner = Tenants(tuners, tenant_of_row).to(device)
     if args.explain and not isinstance(tuner, (IAPT, PaperIAPT)):
-        raise UsageError("--explain shows what IAPT's soft tokens read: it wants a run of iapt")
+        raise UsageError("--explain shows what IAPT's soft tokens read: it wants one run of iapt, and no --frozen")
     if tuner is not None:
         tuner.attach(model)
     settings = {name: getattr(args, name) for name in ("max_new", "seed", "beams", "temperature", "top_k", "top_p")}

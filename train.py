@@ -38,7 +38,7 @@ from plumbing.hub import find_model
 from plumbing.pretrained import fingerprint, save_pretrained
 from sample import answer, open_model
 
-# The options that make a run what it is: with others it cannot be resumed.
+# Options that a checkpoint records, beside what new_tuner adds: with others a run cannot be resumed.
 RUN_KEYS = ("method", "init", "scratch", "data", "template", "seed", "steps", "lr", "batch_size", "weight_decay",
             "eval_every", "train_rows", "val_rows", "skip_bad", "truncate")  # fmt: skip
 
@@ -59,7 +59,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--batch-size", type=at_least(1), default=32, help="rows a step")
     add("--lr", type=at_least(0.0), help="peak learning rate (default: the method's own)")
     add("--weight-decay", type=at_least(0.0), default=0.0, help="of AdamW")
-    add("--seed", type=at_least(0), default=0, help="of the start and of the order of rows")
+    add("--seed", type=at_least(0), default=0, help="of the start, the order of rows, and what a method draws")
     add("--block-size", type=at_least(2), help="longest row in tokens (default: what the model takes)")
     add("--truncate", action="store_true", help="cut rows that are too long (default: refuse them)")
     add("--skip-bad", action="store_true", help="leave out rows that cannot be used, and count them")
@@ -117,18 +117,18 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
             folder.save_last(tuner, meta, optimizer=optimizer.state_dict(), state=state)
 
     tokens, clock, stop = 0, time.perf_counter(), False
-    quiet = distributed.RANK > 0 or None  # None: where standard error is no terminal
+    quiet = distributed.RANK > 0 or None  # None: no bar where standard error is no terminal
     bar = tqdm(initial=state["step"], total=args.steps, unit="step", dynamic_ncols=True, disable=quiet)
     with SignalGuard() as guard, bar:
         for step in range(state["step"], args.steps):
             if stop:
                 save()
-                raise SystemExit(f"stopped before step {step}, and saved. Continue with the same command and --resume")
+                raise SystemExit(f"stopped after {step} steps, and saved. Continue with the same command and --resume")
 
             # 1. This step's learning rates, and its own random numbers, for methods that draw.
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * schedule(step, args.steps)
-            torch.manual_seed(args.seed * 1_000_003 + step)
+            torch.manual_seed(args.seed * 1_000_003 + step + (distributed.RANK << 50))
             tuner.train()
             tuner.progress(step / args.steps)
 
@@ -168,7 +168,7 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rate: linear warm-up over 6 % of the steps, linear decay to zero."""
+    """Share of --lr: the smaller of a linear warm-up over 6 % of the steps and a linear decay to zero."""
     return min((step + 1) / max(1, 0.06 * steps), 1 - step / steps)
 
 
@@ -269,8 +269,8 @@ def main(argv: list[str] | None = None) -> dict:
     sizes = {id(p): p.numel() for p in (*model.parameters(), *tuner.parameters())}
     total, trained = sum(sizes.values()), sum(p.numel() for p in tuner.parameters())
     print(f"{args.method}: {trained:,} of {total / 1e6:.2f}M parameters train ({trained / total:.2%})")
-    state = "all of it trains, in float32" if args.method == "full" else f"frozen in {str(dtype)[6:]} ({reason})"
-    print(f"{args.init} on {model.wte.weight.device}, {state}")
+    how = "all of it trains, in float32" if args.method == "full" else f"frozen in {str(dtype)[6:]} ({reason})"
+    print(f"{args.init} on {model.wte.weight.device}, {how}")
     print(f"{args.data}: {', '.join(f'{name} {len(split):,}' for name, split in rows.items())} rows")
     if distributed.RANK == 0:
         folder.lock(args.force)

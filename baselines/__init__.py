@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import get_args
 
 from baselines.hooks import Adapter, Full, LoRA
-from baselines.prompts import CaPT, Dynamic, Mine, PrefixTuning, PromptTuning, PTuning2
+from baselines.prompts import CaPT, Constants, Dynamic, Mine, PrefixTuning, PromptTuning, PTuning2
 from iapt import IAPT, PaperIAPT
 from model import Config, Tuner
 from plumbing.cli import UsageError
@@ -19,6 +19,7 @@ from plumbing.cli import UsageError
 METHODS = {
     "iapt": IAPT,
     "paper-iapt": PaperIAPT,
+    "constants": Constants,
     "ptuning2": PTuning2,
     "prefix": PrefixTuning,
     "prompt": PromptTuning,

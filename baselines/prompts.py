@@ -1,13 +1,14 @@
 """Methods that add soft tokens, behind the same interface as IAPT (`Tuner` in model.py).
 
     PTuning2       learned keys and values at each layer
+    Constants      the same in a softmax of their own: IAPT without its generator
     PrefixTuning   the same, made by an MLP that can be dropped after training
     PromptTuning   learned rows before the embeddings
     Dynamic        learned rows whose place, number and mixture depend on the instruction
     CaPT           a learned vector plus the instruction's mean state, at each layer
     Mine           the example to fork: a projection of the instruction's mean state, at each layer
 
-Each class reads alone.  Letters for shapes are those of model.py.
+Letters for shapes are those of model.py.
 """
 
 from typing import Literal
@@ -23,20 +24,38 @@ from model import Block, Config, Decoder, Embedded, Soft, Tuner, split_kv
 class PTuning2(Tuner):
     """P-tuning v2 (arXiv 2110.07602): P learned keys and values at every layer, the same for every instruction.
 
-    Without the reparametrising MLP, which the paper found to help on some tasks only.  2 G D P L parameters.  With
-    separate=1 this is IAPT without its generator: the control for what reading the instruction is worth.
+    Without the reparametrising MLP, which the paper found to help on some tasks only.  2 G D P L parameters.
     """
 
     lr = 5e-2
 
-    def __init__(self, config: Config, P: int = 16, separate: bool = False):
+    def __init__(self, config: Config, P: int = 16):
         super().__init__()
-        self.head_dim, self.separate = config.head_dim, separate
+        self.head_dim = config.head_dim
         out = 2 * config.n_kv_head * config.head_dim
         self.constants = nn.ParameterList(0.1 * torch.randn(P, out) for _ in range(config.n_layer))
 
     def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft:
         return split_kv(self.constants[l].expand(len(x), -1, -1), self.head_dim)
+
+
+class Constants(Tuner):
+    """IAPT without its generator: P learned keys and values, with its softmax, start and rate.
+
+    The control for what reading the instruction is worth.  2 G D P L parameters.
+    """
+
+    separate = True
+
+    def __init__(self, config: Config, P: int = 16):
+        super().__init__()
+        out = config.n_kv_head * config.head_dim
+        self.keys = nn.ParameterList(torch.randn(P, out) for _ in range(config.n_layer))
+        self.values = nn.ParameterList(torch.zeros(P, out) for _ in range(config.n_layer))
+        self.lr = 8.0 / config.n_embd
+
+    def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft:
+        return Soft(*(block.attn.heads(s.expand(len(x), -1, -1)) for s in (self.keys[l], self.values[l])))
 
 
 class PrefixTuning(Tuner):

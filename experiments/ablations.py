@@ -1,31 +1,14 @@
-"""Forms of IAPT that only a table needs, and two controls at inference."""
+"""A form of IAPT that only a table needs, and two controls at inference."""
 
 import contextlib
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from data import Example
 from data.scores import score_examples
 from iapt import IAPT
-from model import Block, Config, Decoder, Soft, Tuner
-
-
-class Constants(Tuner):
-    """IAPT without its generator: P learned keys and values, with its softmax, start and rate.  2 P G D L in all."""
-
-    separate = True
-
-    def __init__(self, config: Config, P: int = 16):
-        super().__init__()
-        out = config.n_kv_head * config.head_dim
-        self.keys = nn.ParameterList(torch.randn(P, out) for _ in range(config.n_layer))
-        self.values = nn.ParameterList(torch.zeros(P, out) for _ in range(config.n_layer))
-        self.lr = 8.0 / config.n_embd
-
-    def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft:
-        return Soft(*(block.attn.heads(s.expand(len(x), -1, -1)) for s in (self.keys[l], self.values[l])))
+from model import Block, Decoder, Soft, Tuner
 
 
 class Blind(IAPT):
@@ -35,7 +18,7 @@ class Blind(IAPT):
         return super().kv(block, l, torch.zeros_like(x), instr)
 
 
-ABLATIONS = {"constants": Constants, "blind": Blind}
+ABLATIONS = {"blind": Blind}
 
 
 # -- Controls at inference ---------------------------------------------------------------------------------------------

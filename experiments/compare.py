@@ -180,8 +180,9 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
     that has nothing to do with the task.  A method that reads the instruction is scored again with another row's
     instruction (TEST/swapped) and with the mean of what it writes (TEST/mean).
     """
-    path = os.path.join(folder, "scores.npz")
-    if os.path.exists(path):
+    path, how = os.path.join(folder, "scores.npz"), os.path.join(folder, "scored.json")
+    if os.path.exists(path) and os.path.exists(how):
+        same_run(how, [*options, *own])
         return path
     session = open_session(tuple(options))
     args = train.parse([*options, *own, "--out", folder])
@@ -214,6 +215,7 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
     os.makedirs(folder, exist_ok=True)
     with replacing(path, "wb") as f:
         np.savez_compressed(f, **arrays)
+    write_json(how, {"options": [*options, *own]})
     return path
 
 
@@ -229,7 +231,7 @@ def plain_examples(tokenizer: Tokenizer) -> list[Example]:
 
 
 def same_run(path: str, options: list[str]) -> dict:
-    """A run's trained.json.  Raises ValueError if it is of a run with other options, which must not stand for this."""
+    """A run's trained.json or scored.json.  Raises ValueError if it is of other options: it must not stand for this."""
     content = read_json(path)
     if content.get("options") != options:
         raise ValueError(f"{path} is of a run with other options: --out names another folder, or remove it")

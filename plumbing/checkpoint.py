@@ -162,6 +162,8 @@ class RunFolder:
             raise ValueError(f"--resume: {path} is a checkpoint without the optimizer's state: it cannot be resumed")
         for key, value in meta.items():
             saved = content["meta"].get(key)
+            if saved != value and key == "rows":
+                raise ValueError(f"--resume: the rows are not those of the run in {self.path} (--data, --test-rows)")
             if saved != value:
                 raise ValueError(f"--resume: {key} was {saved!r} in {path}, now it is {value!r}")
         return content

@@ -16,7 +16,6 @@ from sample import generate
 VARIANTS = {
     "iapt": ["P=3 m=5 repeat=1 activation=gelu"],
     "dynamic": ["length=1 pool=3", "position=task P=4", "position=before length=1"],
-    "ptuning2": ["separate=1"],
     "lora": ["on=all r=2"],
 }
 CASES = [(arch, method, options) for arch in ARCHS for method in METHODS for options in ["", *VARIANTS.get(method, [])]]

@@ -13,7 +13,7 @@ from sample import generate
 
 MIXED = [
     ("iapt", "activation=relu"), ("paper-iapt", "P=2"), ("ptuning2", "P=7"), ("prompt", "P=3"),
-    ("dynamic", "length=1 P=4"), ("ptuning2", "P=3 separate=1"),
+    ("dynamic", "length=1 P=4"), ("constants", "P=3"),
     ("lora", "r=2"), ("lora", "r=5 alpha=8"), ("lora", "on=k,o,up"), ("adapter", ""),
 ]  # fmt: skip
 SOFT, EMBEDDINGS, LORA = MIXED[:3], MIXED[3:5], MIXED[6:8]
@@ -83,7 +83,7 @@ def test_tenants_with_different_numbers_of_rows_keep_their_own(model):
 
 def test_a_row_without_separate_soft_tokens_sees_zeros_and_no_row_a_mask_that_hides_nothing(model):
     """A softmax over nothing is nan in some kernels; and a mask costs time at every step."""
-    a, b, c = (tenant("ptuning2", options, model, 0) for options in ("P=3 separate=1", "P=5 separate=1", "P=2"))
+    a, b, c = (tenant(*given, model, 0) for given in (("constants", "P=3"), ("constants", "P=5"), ("ptuning2", "P=2")))
     x, instr = torch.randn(3, 6, 32), torch.ones(3, 6, dtype=torch.bool)
     joined, separate = Tenants([a, b, c], [0, 1, 2]).soft(model.h[0], 0, x, instr)
     assert separate.keep.tolist() == [[True] * 3 + [False] * 2, [True] * 5, [True] * 5] and not separate.v[2].any()
