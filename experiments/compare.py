@@ -319,7 +319,8 @@ class Comparison:
     def save(self, rows: list[dict], frozen: Future | None):
         """Write what is known: compare.json, and scores.npz with the arrays of all runs, named METHOD/SEED/..."""
         common = {"table": self.args.table, "options": " ".join(self.options), "machine": machine()}
-        write_json(os.path.join(self.args.out, "compare.json"), {**common, "rows": rows}, indent=1)
+        public = [{key: x for key, x in row.items() if key != "scores"} for row in rows]  # those are paths
+        write_json(os.path.join(self.args.out, "compare.json"), {**common, "rows": public}, indent=1)
         if frozen is not None:
             arrays = {f"frozen/0/{key}": x for key, x in np.load(frozen.result()).items()}
             for row in rows:

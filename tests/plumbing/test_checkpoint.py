@@ -102,7 +102,7 @@ def test_a_run_that_differs_is_not_resumed(folder):
     save(folder, 1, 1.0)
     with pytest.raises(ValueError, match="--resume: seed was 0 in .*last.pt, now it is 1"):
         folder.load_for_resume({**META, "seed": 1})
-    with pytest.raises(ValueError, match="--resume: rows was None in .*, now it is 'f00'"):
+    with pytest.raises(ValueError, match="--resume: the rows are not those of the run in .* \\(--data, --test-rows\\)"):
         folder.load_for_resume({**META, "rows": "f00"})
     save_tuner(folder.last, tuner(), META)
     with pytest.raises(ValueError, match="is a checkpoint without the optimizer's state: it cannot be resumed"):
