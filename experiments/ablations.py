@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from data import Example
 from data.scores import score_examples
@@ -25,16 +26,24 @@ ABLATIONS = {"blind": Blind}
 
 
 @contextlib.contextmanager
+def removing(hooks: list[RemovableHandle]):
+    """While it lasts, hooks act."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
 def swapped_instruction(tuner: Tuner):
     """Every generator reads the instruction of another row of the batch."""
 
     def roll(_, inputs):
         return tuple(x.roll(len(x) // 2, 0) for x in inputs)
 
-    hooks = [g.register_forward_pre_hook(roll) for g in tuner.generators]
-    yield
-    for hook in hooks:
-        hook.remove()
+    with removing([g.register_forward_pre_hook(roll) for g in tuner.generators]):
+        yield
 
 
 @contextlib.contextmanager
@@ -47,11 +56,10 @@ def mean_output(tuner: Tuner, model: Decoder, examples: list[Example]):
         sums[g] = sums[g] + out.sum(0)
         rows[g] += len(out)
 
-    hooks = [g.register_forward_hook(collect) for g in tuner.generators]
-    score_examples(model, examples, tuner)
-    for hook in hooks:
-        hook.remove()
-    hooks = [g.register_forward_hook(lambda g, _, out: (sums[g] / rows[g]).expand_as(out)) for g in tuner.generators]
-    yield
-    for hook in hooks:
-        hook.remove()
+    def replace(g, inputs, out):
+        return (sums[g] / rows[g]).expand_as(out)
+
+    with removing([g.register_forward_hook(collect) for g in tuner.generators]):
+        score_examples(model, examples, tuner)
+    with removing([g.register_forward_hook(replace) for g in tuner.generators]):
+        yield

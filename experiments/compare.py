@@ -200,7 +200,7 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
         nats, wrong = score_examples(model, examples, tuner)
         arrays |= {f"{name}/nats": nats.float().numpy(), f"{name}/wrong": wrong.numpy().astype(np.int32)}
         arrays[f"{name}/tokens"] = np.array([len(response) for _, response in examples], np.int32)
-        arrays[f"{name}/family"] = np.array([task_family(row) for row in session.rows.get(name, [])])
+        arrays[f"{name}/family"] = np.array([p3.family(row.get("task", "")) for row in session.rows.get(name, [])])
     if len(getattr(tuner, "generators", ())):
         controls = {
             "swapped": swapped_instruction(tuner),
@@ -362,10 +362,10 @@ def difference(
     return mean, low, high
 
 
-def task_family(row: dict) -> str:
-    """What a row is about: its task, in p3 the data set behind it."""
-    task = row.get("task", "")
-    return p3.family(task)
+def as_interval(a: list[np.ndarray], b: list[np.ndarray], tokens: np.ndarray, same_runs: bool = False) -> str:
+    """A `difference` as text."""
+    mean, low, high = difference(a, b, tokens, same_runs)
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 class Scores:
@@ -419,26 +419,18 @@ def report(rows: list[dict], scores: Scores, reference: str) -> Iterator[str]:
         name = row["method"]
         if name == reference or reference not in scores.seeds:
             continue
-        cells = []
-        for t in tests:
-            mean, low, high = difference(scores.get(name, t), scores.get(reference, t), scores.tokens(t))
-            cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
+        cells = [as_interval(scores.get(name, t), scores.get(reference, t), scores.tokens(t)) for t in tests]
         t = tests[0]
         macro = scores.macro(name, t) - scores.macro(reference, t)
         yield f"| {name} | {' | '.join(cells)} | {macro:+.3f} |"
     yield "\nDifferences of nats per token on the same rows, with 95 % intervals: above 0, the reference is better.\n"
     yield "| at inference | " + " | ".join(tests) + " |"
     yield "|---|" + "---|" * len(tests)
-    for row in order:
+    for name in (row["method"] for row in order):
         for what, label in (("swapped", "another row's instruction"), ("mean", "the mean of what it writes")):
-            name = row["method"]
             if scores.get(name, tests[0], what):
-                cells = []
-                for t in tests:
-                    mean, low, high = difference(
-                        scores.get(name, t, what), scores.get(name, t), scores.tokens(t), same_runs=True
-                    )
-                    cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
+                pairs = [(scores.get(name, t, what), scores.get(name, t), scores.tokens(t)) for t in tests]
+                cells = [as_interval(*pair, same_runs=True) for pair in pairs]
                 yield f"| {name}: {label} | {' | '.join(cells)} |"
 
 

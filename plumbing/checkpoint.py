@@ -117,11 +117,12 @@ class RunFolder:
         path = os.path.abspath(os.path.join(self.path, "lock"))
         try:
             os.makedirs(self.path, exist_ok=True)
-            open(path, "a").close()
+            handle = open(path, "a")  # noqa: SIM115  (stays open until the process ends)
         except (OSError, ValueError) as e:  # ValueError: a null byte
             raise OSError(f"--out {self.path!r} cannot be written: {e}") from None
-        if fcntl and path not in LOCKS:
-            handle = open(path, "w")  # noqa: SIM115  (stays open until the process ends)
+        if not fcntl or path in LOCKS:
+            handle.close()
+        else:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

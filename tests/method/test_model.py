@@ -56,6 +56,11 @@ def test_the_loss_keeps_no_logits():
     assert kept == [300 * 32]
 
 
+def test_the_loss_without_a_target_is_zero_and_not_nan(model):
+    idx = torch.randint(1, 50, (2, 8))
+    assert model(idx, targets=torch.full_like(idx, -1)).item() == 0
+
+
 def test_the_loss_counts_targets_alone(model):
     idx = torch.randint(1, 50, (2, 8))
     targets = torch.where(torch.arange(8) > 4, idx, -1)

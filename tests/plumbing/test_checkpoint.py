@@ -159,3 +159,9 @@ def test_a_broken_log_is_named(folder):
         f.write("{\n")
     with pytest.raises(ValueError, match="log.jsonl has a broken line"):
         folder.truncate_log(10)
+
+
+@pytest.mark.parametrize("path", [os.path.join(os.devnull, "x"), "a\0b"])
+def test_a_folder_that_cannot_be_written_is_one_line_that_names_the_option(path):
+    with pytest.raises(OSError, match="--out .* cannot be written"):
+        RunFolder(path).lock()

@@ -109,6 +109,14 @@ def test_a_finished_run_is_not_trained_again_and_one_with_other_options_is_not_t
         compare.train_one([*options, "--steps", "7"], own, folder)
 
 
+def test_scores_of_other_options_are_not_taken_for_these(run):
+    """The frozen model's scores had been reused for other test rows."""
+    options, own, folder, _ = run
+    assert compare.score_one(options, own, folder) == os.path.join(folder, "scores.npz")
+    with pytest.raises(ValueError, match="is of a run with other options"):
+        compare.score_one([*options, "--test-rows", "2"], own, folder)
+
+
 def test_a_rate_that_diverges_is_a_bad_rate_and_no_failure(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Decoder, "loss", lambda self, x, targets: x.sum() * float("nan"))
     compare.open_session.cache_clear()
