@@ -15,6 +15,7 @@ activation R; the method as the paper describes it, so far as we know (`PaperIAP
     python train.py --method paper-iapt      # as in the paper
 """
 
+import functools
 from typing import Literal
 
 import torch
@@ -54,45 +55,36 @@ class RationalFunction(torch.autograd.Function):
 
 def rational(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """R(x)."""
-    return polynomial(x, a) / (1 + polynomial(x, F.pad(b, (1, 0))).abs())  # b_0 = 0
+    n, s_over_x = polynomials(x, a, b)
+    return n / (1 + (x * s_over_x).abs())
 
 
 def rational_backward(x: Tensor, a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients with respect to x, a and b, given g, the gradient with respect to R(x)."""
-    b0 = F.pad(b, (1, 0))
-    n, s = polynomial(x, a), polynomial(x, b0)
-    dn, ds = polynomial(x, derivative(a)), polynomial(x, derivative(b0))
+    j = torch.arange(1, max(len(a), len(b) + 1), dtype=a.dtype, device=a.device)
+    n, s_over_x, dn, ds = polynomials(x, a, b, a[1:] * j[: len(a) - 1], b * j[: len(b)])
+    s = x * s_over_x
     d = 1 + s.abs()
     g_n = g / d
     g_s = -(n / d) * g_n * s.sign()
-    return dn * g_n + ds * g_s, moments(x, g_n, len(a)), moments(x, g_s, len(b0))[1:]
+    da, db = moments(x, (g_n, len(a)), (g_s * x, len(b)))
+    return dn * g_n + ds * g_s, da, db
 
 
-def polynomial(x: Tensor, c: Tensor) -> Tensor:
-    """c_0 + c_1 x + c_2 x^2 + ...  Compiled, Horner's rule is one kernel; else a product with the powers is a few."""
-    if not torch.compiler.is_compiling():
-        return powers(x, len(c)) @ c
-    y = torch.zeros_like(x)
-    for c_j in reversed(c.unbind()):
-        y = y * x + c_j
-    return y
+def polynomials(x: Tensor, *coefficients: Tensor) -> list[Tensor]:
+    """c_0 + c_1 x + c_2 x^2 + ... for each c.  Compiled, Horner's rule is one kernel; else matrix products are few."""
+    if torch.compiler.is_compiling():
+        return [functools.reduce(lambda y, c_j: y * x + c_j, reversed(c.unbind())) for c in coefficients]
+    powers = torch.linalg.vander(x, N=max(map(len, coefficients)))
+    return [powers[..., : len(c)] @ c for c in coefficients]
 
 
-def powers(x: Tensor, n: int) -> Tensor:
-    """1, x, ..., x^(n-1): (.., n)."""
-    return F.pad(x[..., None].expand(*x.shape, n - 1).cumprod(-1), (1, 0), value=1.0)
-
-
-def derivative(c: Tensor) -> Tensor:
-    """The coefficients of the derivative of polynomial(x, c)."""
-    return c[1:] * torch.arange(1, len(c), dtype=c.dtype, device=c.device)
-
-
-def moments(x: Tensor, g: Tensor, n: int) -> Tensor:
-    """The sums of g, g x, ..., g x^(n-1) over all elements: (n,)."""
-    if not torch.compiler.is_compiling():
-        return (powers(x, n) * g[..., None]).reshape(-1, n).sum(0)
-    return torch.stack([(g * x**j).sum() for j in range(n)])
+def moments(x: Tensor, *weighted: tuple[Tensor, int]) -> list[Tensor]:
+    """The sums over all elements of g, g x, ..., g x^(n-1), for each (g, n)."""
+    if torch.compiler.is_compiling():
+        return [torch.stack([(g * x**j).sum() for j in range(n)]) for g, n in weighted]
+    powers = torch.linalg.vander(x, N=max(n for _, n in weighted))
+    return [(powers[..., :n] * g[..., None]).flatten(0, -2).sum(0) for g, n in weighted]
 
 
 class Rational(nn.Module):
