@@ -19,11 +19,13 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from model import Config, Decoder
 from plumbing.files import no_duplicate_keys, read_json, refuse_lfs_pointer, replacing, write_json
@@ -80,11 +82,23 @@ def name_pairs(config: Config) -> Iterator[tuple[str, list[str], bool]]:
             yield prefix + theirs.format(l=l), ours.removeprefix("conv: ").format(l=l).split(), conv
 
 
+class SkipInit(TorchFunctionMode):
+    """No random start: without memory there is nothing to draw, and to find that out, PyTorch imports its compiler."""
+
+    def __torch_function__(
+        self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs.get("tensor", *args[:1])
+        return func(*args, **kwargs)
+
+
 def load_pretrained(folder: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Decoder:
     """The model of a Hugging Face folder.  Raises FileNotFoundError or ValueError, naming what does not fit."""
     config, theirs = open_model_tensors(folder)
     try:
-        with torch.device("meta"):  # shapes only: nothing is allocated or initialised that the files will replace
+        with torch.device("meta"), SkipInit():  # shapes only: the files will replace what would be there
             model = Decoder(config)
     except RuntimeError as e:
         raise ValueError(f"{folder}: no model can have the sizes of its config.json ({str(e)[:80]})") from None

@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,9 @@ def test_the_top_level_has_four_files_of_code_and_at_most_17_entries():
     top = {path.split("/")[0] for path in listed.stdout.splitlines()}
     assert sorted(name for name in top if name.endswith(".py")) == ["iapt.py", "model.py", "sample.py", "train.py"]
     assert len(top) <= 17, sorted(top)
+
+
+def test_a_model_is_opened_without_pytorch_s_compiler():
+    """Importing it takes as long as the rest of an answer."""
+    code = "import sys, sample; sample.open_model('tiny'); assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
