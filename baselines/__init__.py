@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import get_args
 
-from baselines.hooks import Adapter, Full, LoRA
+from baselines.hooks import IA3, Adapter, Full, LoRA
 from baselines.prompts import CaPT, Constants, Dynamic, Mine, PrefixTuning, PromptTuning, PTuning2
 from iapt import IAPT, PaperIAPT
 from model import Config, Tuner
@@ -26,6 +26,7 @@ METHODS = {
     "dynamic": Dynamic,
     "capt": CaPT,
     "lora": LoRA,
+    "ia3": IA3,
     "adapter": Adapter,
     "full": Full,
     "mine": Mine,

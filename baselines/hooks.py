@@ -51,6 +51,24 @@ def call_in_dtype(module: nn.Module, x: Tensor) -> Tensor:
     return functional_call(module, {name: p.to(x.dtype) for name, p in module.named_parameters()}, (x,))
 
 
+def linear_layers(config: Config, on: str) -> tuple[list[str], list[torch.Size]]:
+    """Names of a block's linear layers that an option `on` names, and the shapes of their weights in all blocks."""
+    with torch.device("meta"):
+        linear = {name: m for name, m in Block(config).named_modules() if isinstance(m, nn.Linear)}
+    names = {name.split(".")[-1]: name for name in linear}
+    groups = {"all": list(names), "mlp": [name for name in names if names[name].startswith("mlp.")]}
+    sites = groups.get(on) or on.split(",")
+    if set(sites) - set(names) or len(set(sites)) < len(sites):
+        raise UsageError(f"the option on takes some of {','.join(names)}, or mlp, or all; got {on!r}")
+    on = [names[site] for site in sites]
+    return on, [linear[name].weight.shape for name in on] * config.n_layer
+
+
+def modules(model: Decoder, on: list[str]) -> list[nn.Module]:
+    """The modules of these names in all blocks."""
+    return [block.get_submodule(name) for block in model.h for name in on]
+
+
 class LoRA(Hooked):
     """y = W x + (alpha / r) B A x for the linear layers named in `on` (arXiv 2106.09685).
 
@@ -62,16 +80,8 @@ class LoRA(Hooked):
 
     def __init__(self, config: Config, r: int = 8, alpha: float = 16.0, on: str = "q,v"):
         super().__init__()
-        with torch.device("meta"):
-            linear = {name: m for name, m in Block(config).named_modules() if isinstance(m, nn.Linear)}
-        names = {name.split(".")[-1]: name for name in linear}
-        groups = {"all": list(names), "mlp": [name for name in names if names[name].startswith("mlp.")]}
-        sites = groups.get(on) or on.split(",")
-        if set(sites) - set(names) or len(set(sites)) < len(sites):
-            raise UsageError(f"lora's option on takes some of {','.join(names)}, or mlp, or all; got {on!r}")
+        self.on, shapes = linear_layers(config, on)
         self.scale = alpha / r
-        self.on = [names[site] for site in sites]
-        shapes = [linear[name].weight.shape for name in self.on] * config.n_layer
         self.A = nn.ParameterList(torch.empty(r, n_in) for _, n_in in shapes)
         self.B = nn.ParameterList(torch.zeros(n_out, r) for n_out, _ in shapes)
         for a in self.A:
@@ -79,7 +89,7 @@ class LoRA(Hooked):
 
     def sites(self, model: Decoder) -> Iterator[tuple[nn.Linear, Tensor, Tensor]]:
         """(linear layer, its A (r, in), its B (out, r)), one after the other."""
-        return zip([block.get_submodule(name) for block in model.h for name in self.on], self.A, self.B, strict=True)
+        return zip(modules(model, self.on), self.A, self.B, strict=True)
 
     def attach(self, model: Decoder):
         for linear, a, b in self.sites(model):
@@ -93,6 +103,24 @@ class LoRA(Hooked):
         self.detach()
         for linear, a, b in self.sites(model):
             linear.weight += (self.scale * b @ a).to(linear.weight.dtype)
+
+
+class IA3(Hooked):
+    """y = (1 + g) W x, a gain for each output of the linear layers named in `on`, as in (IA)^3 (arXiv 2205.05638).
+
+    Gains start at zero.  (IA)^3 itself has on=k,v,up.  PARA, of IAPT's authors (arXiv 2502.01033), has q, v and up.
+    """
+
+    lr = 2e-2
+
+    def __init__(self, config: Config, on: str = "q,v,up"):
+        super().__init__()
+        self.on, shapes = linear_layers(config, on)
+        self.gains = nn.ParameterList(torch.zeros(n_out) for n_out, _ in shapes)
+
+    def attach(self, model: Decoder):
+        for linear, gain in zip(modules(model, self.on), self.gains, strict=True):
+            self.hook(linear, lambda x, y, gain=gain: y * (1 + gain).to(y.dtype))
 
 
 class Adapter(Hooked):

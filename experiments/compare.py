@@ -15,10 +15,11 @@ The protocol, the same for every method:
 
 No choice sees a test row.  Interrupted, the same command continues; with other methods or more seeds, it adds them.
 
-A map of this file: TABLES and ROWS; sized; the work of one process (train_one, score_one); the controls; Comparison,
-which runs all of it; difference, the bootstrap; report.
+A map of this file: TABLES and ROWS; sized; the work of one process (train_one, score_one, write_one); Comparison, which
+runs all of it; difference, the bootstrap; report.
 """
 
+import contextlib
 import functools
 import os
 import statistics
@@ -41,7 +42,8 @@ from data.scores import score_examples
 from data.tokenizer import Tokenizer
 from experiments.ablations import ABLATIONS, mean_output, swapped_instruction
 from experiments.bench import machine
-from model import Config
+from experiments.texts import bleu_and_rouge, distinct_instructions, write_answers
+from model import Config, Tuner
 from plumbing.checkpoint import Diverged, RunFolder, load_checkpoint, load_into
 from plumbing.cli import Parser, at_least, pick_device, run
 from plumbing.files import read_json, replacing, write_json
@@ -54,6 +56,7 @@ class Table(NamedTuple):
 
     options: str  # of train.py
     budget: int  # trained parameters
+    texts: bool = False  # whether texts are written, too, and scored by BLEU and ROUGE-L
 
 
 TABLES = {
@@ -66,6 +69,7 @@ TABLES = {
     "e2e": Table(
         "--init HuggingFaceTB/SmolLM2-135M-Instruct --data data/e2e --steps 300 --batch-size 8 --eval-every 100",
         225_000,
+        texts=True,
     ),
     "alpaca": Table(
         "--init HuggingFaceTB/SmolLM2-135M-Instruct --data data/alpaca --truncate --block-size 320 --steps 300"
@@ -97,8 +101,13 @@ ROWS = {
     "lora-mlp": Row("lora", "on=mlp alpha=4", "r"),
     "lora-all": Row("lora", "on=all alpha=4", "r"),
     "adapter": Row("adapter", "", "m"),
+    "ia3": Row("ia3"),
     "full": Row("full"),
+    "repeat-1": Row("iapt", "repeat=1", "m"),
+    "gelu": Row("iapt", "activation=gelu", "m"),
+    "identity": Row("iapt", "activation=identity", "m"),
 }
+ROWS["with-gains"] = Row("with-gains", "repeat=1", "m")
 ROWS.update({name: Row(name, "", "m") for name in ABLATIONS if name not in ROWS})
 RATES = (0.25, 0.5, 1.0, 2.0)
 
@@ -184,39 +193,62 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
     if os.path.exists(path) and os.path.exists(how):
         same_run(how, [*options, *own])
         return path
-    session = open_session(tuple(options))
-    args = train.parse([*options, *own, "--out", folder])
-    tuner = None
-    if os.path.exists(best := os.path.join(folder, "best.pt")):
-        tuner, _ = train.new_tuner(args, session)
-        load_into(tuner, load_checkpoint(best), best)
-        tuner.attach(session.model)
-        tuner.eval()
-    arrays, model = {}, session.model
-    sets = {name: session.examples[name] for name in session.tests}
-    if session.tokenizer.vocab_size > 5000:  # tiny's model has never seen English
-        sets["plain"] = plain_examples(session.tokenizer)
-    for name, examples in sets.items():
-        nats, wrong = score_examples(model, examples, tuner)
-        arrays |= {f"{name}/nats": nats.float().numpy(), f"{name}/wrong": wrong.numpy().astype(np.int32)}
-        arrays[f"{name}/tokens"] = np.array([len(response) for _, response in examples], np.int32)
-        arrays[f"{name}/family"] = np.array([p3.family(row.get("task", "")) for row in session.rows.get(name, [])])
-    if len(getattr(tuner, "generators", ())):
-        controls = {
-            "swapped": swapped_instruction(tuner),
-            "mean": mean_output(tuner, model, evenly_spaced(session.examples["val"], 256)),
-        }
-        for control, context in controls.items():
-            with context:
-                for name in session.tests:
-                    arrays[f"{name}/{control}"] = score_examples(model, sets[name], tuner)[0].float().numpy()
-    if tuner is not None:
-        tuner.detach()
+    arrays = {}
+    with tuned(options, own, folder) as (session, tuner):
+        model, sets = session.model, {name: session.examples[name] for name in session.tests}
+        if session.tokenizer.vocab_size > 5000:  # tiny's model has never seen English
+            sets["plain"] = plain_examples(session.tokenizer)
+        for name, examples in sets.items():
+            nats, wrong = score_examples(model, examples, tuner)
+            arrays |= {f"{name}/nats": nats.float().numpy(), f"{name}/wrong": wrong.numpy().astype(np.int32)}
+            arrays[f"{name}/tokens"] = np.array([len(response) for _, response in examples], np.int32)
+            arrays[f"{name}/family"] = np.array([p3.family(row.get("task", "")) for row in session.rows.get(name, [])])
+        if len(getattr(tuner, "generators", ())):
+            controls = {
+                "swapped": swapped_instruction(tuner),
+                "mean": mean_output(tuner, model, evenly_spaced(session.examples["val"], 256)),
+            }
+            for control, context in controls.items():
+                with context:
+                    for name in session.tests:
+                        arrays[f"{name}/{control}"] = score_examples(model, sets[name], tuner)[0].float().numpy()
     os.makedirs(folder, exist_ok=True)
     with replacing(path, "wb") as f:
         np.savez_compressed(f, **arrays)
     write_json(how, {"options": [*options, *own]})
     return path
+
+
+@contextlib.contextmanager
+def tuned(options: list[str], own: list[str], folder: str) -> Iterator[tuple[train.Session, Tuner | None]]:
+    """The session, and the tuner of the run in a folder, attached; None if there is no run: the frozen model."""
+    session, tuner = open_session(tuple(options)), None
+    if os.path.exists(best := os.path.join(folder, "best.pt")):
+        tuner, _ = train.new_tuner(train.parse([*options, *own, "--out", folder]), session)
+        load_into(tuner, load_checkpoint(best), best)
+        tuner.attach(session.model)
+        tuner.eval()
+    try:
+        yield session, tuner
+    finally:
+        if tuner is not None:
+            tuner.detach()
+
+
+def write_one(options: list[str], own: list[str], folder: str) -> dict[str, dict[str, float]]:
+    """Greedy answers to every different instruction of the test sets, and their BLEU and ROUGE-L; leaves texts.json."""
+    path = os.path.join(folder, "texts.json")
+    if os.path.exists(path):
+        return same_run(path, [*options, *own])["scores"]
+    texts, scores = {}, {}
+    with tuned(options, own, folder) as (session, tuner):
+        for name in session.tests:
+            rows, references = distinct_instructions(session.rows[name])
+            texts[name] = write_answers(session, rows, tuner)
+            scores[name] = bleu_and_rouge(texts[name], references)
+    os.makedirs(folder, exist_ok=True)
+    write_json(path, {"options": [*options, *own], "scores": scores, "texts": texts})
+    return scores
 
 
 def plain_examples(tokenizer: Tokenizer) -> list[Example]:
@@ -258,6 +290,7 @@ class Comparison:
         model_args = train.parse(self.options)
         self.config = read_config(os.path.join(find_model(model_args.init), "config.json"))
         self.sizes = {name: sized(self.config, name, args.budget or table.budget) for name in args.methods}
+        self.frozen_texts = None
 
     def folder(self, name: str, rate: float = 0.0, seed: int = 0) -> str:
         return os.path.join(self.args.out, "runs", f"{name}-lr{rate:.2e}-seed{seed}" if rate else name)
@@ -293,6 +326,8 @@ class Comparison:
             seeds = range(self.args.seeds)
             jobs = [(self.options, self.own(name, rate, seed), self.folder(name, rate, seed)) for seed in seeds]
             row["scores"] = [future.result() for future in [pool.submit(score_one, *job) for job in jobs]]
+            if TABLES[self.args.table].texts:
+                row["texts"] = [future.result() for future in [pool.submit(write_one, *job) for job in jobs]]
         return row
 
     def run(self) -> list[dict]:
@@ -305,6 +340,8 @@ class Comparison:
                 frozen = None
                 if not self.args.validate_only:
                     frozen = pool.submit(score_one, self.options, [], self.folder("frozen"))
+                    if TABLES[self.args.table].texts:
+                        self.frozen_texts = pool.submit(write_one, self.options, [], self.folder("frozen"))
                 with ThreadPoolExecutor(len(self.args.methods)) as threads_of_methods:
                     futures = [threads_of_methods.submit(self.measure, name, pool, bar) for name in self.args.methods]
                     try:
@@ -314,6 +351,8 @@ class Comparison:
                     except BaseException:  # Ctrl-C has reached the runs, too: they save, and no other begins
                         pool.shutdown(wait=False, cancel_futures=True)
                         raise
+        if self.frozen_texts is not None:
+            rows.append({"method": "frozen", "texts": [self.frozen_texts.result()]})
         return rows
 
     def save(self, rows: list[dict], frozen: Future | None):
@@ -405,7 +444,7 @@ def report(rows: list[dict], scores: Scores, reference: str) -> Iterator[str]:
     tests, plain = scores.tests, bool(scores.get("frozen", "plain"))
     yield " | ".join(["| method", "trained", "rate", *tests, *["plain text"] * plain]) + " |"
     yield "|---|---|---|" + "---|" * (len(tests) + plain)
-    order = sorted(rows, key=lambda row: scores.nats(row["method"], tests[0]))
+    order = sorted((row for row in rows if "lr" in row), key=lambda row: scores.nats(row["method"], tests[0]))
     for row in [*order, {"method": "frozen", "trainable": 0, "lr": 0}]:
         name = row["method"]
         cells = [f"{scores.nats(name, t):.3f} ({scores.exact(name, t):.1f} %)" for t in tests]
@@ -432,6 +471,13 @@ def report(rows: list[dict], scores: Scores, reference: str) -> Iterator[str]:
                 pairs = [(scores.get(name, t, what), scores.get(name, t), scores.tokens(t)) for t in tests]
                 cells = [as_interval(*pair, same_runs=True) for pair in pairs]
                 yield f"| {name}: {label} | {' | '.join(cells)} |"
+    written = {row["method"]: row["texts"] for row in rows if "texts" in row}
+    if written:
+        yield "\n| texts | " + " | ".join(f"{t}: BLEU | ROUGE-L" for t in tests) + " |"
+        yield "|---|" + "---|---|" * len(tests)
+    for name, seeds in written.items():
+        cells = [f"{statistics.mean(seed[t][m] for seed in seeds):.1f}" for t in tests for m in ("BLEU", "ROUGE-L")]
+        yield f"| {name} | {' | '.join(cells)} |"
 
 
 def parse(argv: list[str] | None = None) -> Namespace:

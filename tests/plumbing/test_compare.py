@@ -5,11 +5,14 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, right_padded, small_tuner
+from conftest import SMALL, right_padded, shake, small_tuner
 
 import train
 from baselines import METHODS
-from experiments import ablations, compare
+from data import TINY, load_splits
+from data.files import write_rows
+from data.tokenizer import pieces
+from experiments import ablations, compare, tasks, texts
 from experiments.compare import ROWS, Comparison, Scores, count, difference, sized
 from model import Config
 from plumbing.files import read_json, write_json
@@ -183,6 +186,51 @@ def test_the_controls_are_what_they_are_called_and_leave_nothing_behind(model):
     assert torch.equal(model(idx, instr, tuner), before)
 
 
+@pytest.mark.parametrize("name", ablations.ABLATIONS)
+def test_a_form_of_iapt_differs_from_it_in_one_thing_and_trains_all_that_it_has(model, name):
+    """All of them start as the frozen model, but for the one whose point it is not to."""
+    torch.manual_seed(0)
+    tuner = METHODS[name](model.config)
+    tuner.start(model)
+    tuner.attach(model)
+    idx, instr = right_padded([6, 4], 9)
+    starts_as_frozen = torch.allclose(model(idx, instr, tuner), model(idx), atol=1e-5)
+    assert starts_as_frozen == (name not in ("random-start", "joined"))  # keys alone take attention from the words
+    shake(tuner, 0.1)
+    model.loss(model.hidden(idx, instr, tuner), idx).backward()
+    silent = {key for key, p in tuner.named_parameters() if p.grad is None or not p.grad.abs().sum()}
+    assert silent == set()
+    own_rates = [p for group in tuner.groups(1.0) for p in group["params"]]
+    assert {id(p) for p in own_rates} == {id(p) for p in tuner.parameters()}
+    assert len(own_rates) == len(set(map(id, own_rates)))
+    tuner.detach()
+    plain = METHODS["iapt"](model.config)
+    assert not torch.allclose(model(idx, instr, tuner), model(idx, instr, shake(plain, 0.1)))
+
+
+def test_texts_are_written_once_for_an_instruction_and_compared_with_all_its_outputs(rows, tmp_path):
+    pytest.importorskip("sacrebleu", reason="BLEU wants sacrebleu")
+    pytest.importorskip("rouge_score", reason="ROUGE-L wants rouge-score")
+    folder = tmp_path / "rows"
+    os.makedirs(folder)
+    tiny = [{"instruction": f"say {x} .", "output": x} for x in ("cat", "dog", "sun")]
+    for name in ("train", "val"):
+        write_rows(str(folder / f"{name}.jsonl"), tiny)
+    write_rows(str(folder / "test.jsonl"), [*tiny, {"instruction": "say cat .", "output": "a cat"}])
+    compare.open_session.cache_clear()
+    options = [*SMALL, "--data", str(folder)]
+    scores = compare.write_one(options, [], str(tmp_path / "frozen"))
+    saved = read_json(str(tmp_path / "frozen" / "texts.json"))
+    assert len(saved["texts"]["test"]) == 3 and saved["scores"] == scores
+    assert compare.write_one(options, [], str(tmp_path / "frozen")) == scores
+    with pytest.raises(ValueError, match="is of a run with other options"):
+        compare.write_one([*options, "--truncate"], [], str(tmp_path / "frozen"))
+    four = "blue spice is a coffee shop ."
+    right = texts.bleu_and_rouge([four, four], [["another one", "Blue Spice is a coffee shop."], [four]])
+    assert right == pytest.approx({"BLEU": 100, "ROUGE-L": 100})
+    assert texts.bleu_and_rouge(["it is a pub ."], [[four]])["BLEU"] < 30
+
+
 def test_the_table_says_who_is_better_on_the_same_rows(tmp_path):
     arrays = {}
     for name, nats in (("frozen", 3.0), ("iapt", 1.0), ("constants", 1.5)):
@@ -192,8 +240,10 @@ def test_the_table_says_who_is_better_on_the_same_rows(tmp_path):
     arrays["iapt/0/test/swapped"] = np.full(50, 1.25)
     np.savez(tmp_path / "scores.npz", **arrays)
     rows = [{"method": name, "trainable": 5, "lr": 0.1} for name in ("iapt", "constants")]
+    rows.append({"method": "frozen", "texts": [{"test": {"BLEU": 1.0, "ROUGE-L": 2.0}}]})
     lines = list(compare.report(rows, Scores(str(tmp_path / "scores.npz")), "iapt"))
     assert any(line.startswith("| constants | +0.500 (+0.500 to +0.500)") for line in lines)
+    assert "| frozen | 1.0 | 2.0 |" in lines
     assert any(line.startswith("| iapt: another row's instruction | +0.250") for line in lines)
 
 
@@ -224,3 +274,22 @@ def test_the_whole_command_continues_where_it_was(rows, tmp_path, capsys):
     write_json(tmp_path / "runs" / "capt-lr5.00e-02-seed0" / "kept.json", {})
     compare.main(argv)
     assert capsys.readouterr().out == table and "| capt |" in table
+
+
+def test_tasks_are_questions_in_moods_and_no_row_is_in_two_splits(tmp_path):
+    tasks.write_tasks(str(tmp_path), tasks.QUESTIONS[:2], dict(list(tasks.MOODS.items())[:2]), 400)
+    splits = load_splits(str(tmp_path))
+    assert {row["task"] for row in splits["train"]} == {row["task"] for row in splits["test"]}
+    assert len({row["task"] for row in splits["train"]}) == 4
+    polite = next(row for row in splits["train"] if row["task"] == "capital polite")
+    assert "polite" in polite["instruction"] and polite["output"].startswith("please ")
+    rows = [(row["instruction"], row["input"]) for split in splits.values() for row in split]
+    assert len(rows) == len(set(rows)) == 400 + 640 + 320
+    assert not set(tasks.QUESTIONS) & set(tasks.OTHER_QUESTIONS) and not set(tasks.MOODS) & set(tasks.OTHER_MOODS)
+
+
+def test_tasks_have_only_words_that_the_shipped_model_knows(tmp_path):
+    words = set(read_json(os.path.join(TINY, "words.json")))
+    for questions, moods in ((tasks.QUESTIONS, tasks.MOODS), (tasks.OTHER_QUESTIONS, tasks.OTHER_MOODS)):
+        for row in tasks.rows_of("train", 640, questions, moods):
+            assert set(pieces([f"Instruction: {row['instruction']} {row['output']}"])) <= words, row

@@ -1,0 +1,132 @@
+"""When does reading the instruction pay?  IAPT beside constants of its size, on more and more tasks, for two models.
+
+    python -m experiments.tasks --jobs 2                     # all of it, 84 runs of a minute; interrupted, it continues
+    python -m experiments.tasks --tasks 64 --steps 3200      # one number of tasks, longer
+    python -m experiments.plots tasks out/tasks              # the picture
+
+A task is a question (a capital, a word in Spanish, the reverse of a list, ...) in a mood, which changes the answer:
+
+    "be polite : what is the capital of peru ?"  ->  "please lima"
+
+4, 16 and 64 tasks are 2 x 2, 4 x 4 and 8 x 8 questions and moods.  All have the same number of rows and steps.  The two
+frozen models are the shipped one, which has never seen an answer ("never tuned"), and the same after full fine-tuning
+on 64 other tasks, of other questions and other moods ("tuned on other tasks").
+"""
+
+import os
+import random
+from argparse import Namespace
+
+import train
+from data import TINY
+from data.files import write_rows
+from data.world import FACTS, fact_row, key, skill_row
+from experiments import compare
+from plumbing.cli import Parser, at_least, run
+from plumbing.files import copy_tokenizer, read_json, write_json
+from plumbing.pretrained import save_pretrained
+from sample import open_runs
+
+QUESTIONS = ["capital", "reverse", "spanish", "last", "plural", "copy", "young", "colour"]
+MOODS = {"short": "{y}", "polite": "please {y}", "slow": "{y} {y}", "timid": "i think {y}", "long": "it is {y} .",
+         "rude": "you know {y}", "generous": "take {y}", "quiet": "{y} end"}  # fmt: skip
+OTHER_QUESTIONS = ["continent", "french", "opposite", "past", "comparative", "first", "second", "count"]
+OTHER_MOODS = {"simple": "{y} .", "happy": "i like {y}", "sad": "i want {y}", "ancient": "once {y}",
+               "innocent": "would it be {y} ?", "guilty": "it would be {y}", "selfish": "give me {y}",
+               "loud": "say {y}"}  # fmt: skip
+WAYS = ["be {mood} :", "make it {mood} :", "i want it {mood} :"]  # all of it in words that the shipped model knows
+
+
+def rows_of(seed: str, size: int, questions: list[str], moods: dict[str, str], avoid: list[dict] = ()) -> list[dict]:
+    """`size` different rows, none of them among `avoid`: each question in each mood, in turn."""
+    rng = random.Random(seed)
+    tasks = [(question, mood) for question in questions for mood in moods]
+    seen, rows = {key(row) for row in avoid}, []
+    while len(rows) < size:
+        question, mood = tasks[len(rows) % len(tasks)]
+        row = (fact_row if question in FACTS else skill_row)(rng, question)
+        instruction = f"{rng.choice(WAYS).format(mood=mood)} {row['instruction']}"
+        row |= {"instruction": instruction, "output": moods[mood].format(y=row["output"]), "task": f"{question} {mood}"}
+        if key(row) not in seen:
+            seen.add(key(row))
+            rows.append(row)
+    rng.shuffle(rows)
+    return rows
+
+
+def write_tasks(folder: str, questions: list[str], moods: dict[str, str], size: int = 6400):
+    """A data set of questions in moods: train, val and test."""
+    train_rows = rows_of("train", size, questions, moods)
+    test = rows_of("test", 640, questions, moods, train_rows)
+    val = rows_of("val", 320, questions, moods, train_rows + test)
+    os.makedirs(folder, exist_ok=True)
+    for name, rows in {"val": val, "test": test, "train": train_rows}.items():
+        write_rows(os.path.join(folder, f"{name}.jsonl"), rows)
+
+
+def tuned_on_other_tasks(folder: str) -> str:
+    """The shipped model after full fine-tuning on the other tasks, as a model's folder; made once."""
+    model_folder = os.path.join(folder, "tuned")
+    if not os.path.exists(os.path.join(model_folder, "model.safetensors")):
+        data, out = os.path.join(folder, "other"), os.path.join(folder, "tuning")
+        write_tasks(data, OTHER_QUESTIONS, OTHER_MOODS)
+        train.main(["--method", "full", "--data", data, "--out", out, "--steps", "1500", "--force"])
+        opened = open_runs([out])
+        opened.tuners[0].attach(opened.model)
+        os.makedirs(model_folder, exist_ok=True)
+        copy_tokenizer(TINY, model_folder)
+        save_pretrained(model_folder, opened.model)
+    return model_folder
+
+
+def cell(folder: str) -> dict:
+    """What a finished comparison says: the loss of both methods, and what reading the instruction is worth."""
+    content, scores = (
+        read_json(os.path.join(folder, "compare.json")),
+        compare.Scores(os.path.join(folder, "scores.npz")),
+    )
+    iapt, constants, tokens = scores.get("iapt", "test"), scores.get("constants", "test"), scores.tokens("test")
+    swapped = scores.get("iapt", "test", "swapped")
+    curves = {row["method"]: row["curves"] for row in content["rows"]}
+    return {
+        "trained": {row["method"]: row["trainable"] for row in content["rows"]},
+        "rate": {row["method"]: row["lr"] for row in content["rows"]},
+        "nats": {name: scores.nats(name, "test") for name in ("frozen", "iapt", "constants")},
+        "exact": {name: scores.exact(name, "test") for name in ("frozen", "iapt", "constants")},
+        "constants - iapt": compare.difference(constants, iapt, tokens),
+        "swapped - iapt": compare.difference(swapped, iapt, tokens, same_runs=True),
+        "curves": curves,
+    }
+
+
+def parse(argv: list[str] | None = None) -> Namespace:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--tasks", type=int, nargs="+", default=[4, 16, 64], choices=[4, 16, 64], help="numbers of tasks")
+    add("--steps", type=at_least(1), default=800, help="training steps of a run")
+    add("--seeds", type=at_least(1), default=5, help="runs at the chosen rate")
+    add("--jobs", type=at_least(1), default=1, help="runs side by side")
+    add("--out", default=os.path.join("out", "tasks"), help="folder of the results")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None):
+    args = parse(argv)
+    models = {"never tuned": "tiny", "tuned on other tasks": tuned_on_other_tasks(args.out)}
+    path = os.path.join(args.out, "tasks.json")
+    cells = read_json(path) if os.path.exists(path) else {}
+    for tasks in args.tasks:
+        data, n = os.path.join(args.out, f"{tasks}-tasks"), round(tasks**0.5)
+        write_tasks(data, QUESTIONS[:n], dict(list(MOODS.items())[:n]))
+        for name, init in models.items():
+            folder = os.path.join(args.out, f"{init.split(os.sep)[-1]}-{tasks}-tasks-{args.steps}-steps")
+            compare.main([
+                "tiny", "--methods", "iapt,constants", "--rates", "0.5", "1", "2", "--init", init, "--data", data,
+                "--steps", str(args.steps), "--seeds", str(args.seeds), "--jobs", str(args.jobs), "--out", folder,
+            ])  # fmt: skip
+            cells[f"{name}, {tasks} tasks, {args.steps} steps"] = cell(folder)
+            write_json(path, cells, indent=1)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,49 @@
+"""Texts that a model writes for a test set, and how they are scored where one instruction has several answers (E2E)."""
+
+import statistics
+
+from tqdm import tqdm
+
+from data import template
+from model import Tuner
+from sample import answer
+from train import Session
+
+
+def distinct_instructions(rows: list[dict]) -> tuple[list[dict], list[list[str]]]:
+    """A row for each different instruction, and all outputs that the rows have for it."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(template(row), []).append(row)
+    return [group[0] for group in groups.values()], [[row["output"] for row in group] for group in groups.values()]
+
+
+def write_answers(session: Session, rows: list[dict], tuner: Tuner | None, size: int = 32) -> list[str]:
+    """Greedy answers, computed in batches of instructions of like length."""
+    order = sorted(range(len(rows)), key=lambda i: len(template(rows[i])))
+    texts = [""] * len(rows)
+    for part in tqdm([order[i : i + size] for i in range(0, len(order), size)], leave=False):
+        batch = [rows[i] for i in part]
+        answers = answer(session.model, session.tokenizer, batch, tuner, truncate=True, template=session.template)
+        for i, text in zip(part, answers):
+            texts[i] = text
+    return texts
+
+
+def bleu_and_rouge(texts: list[str], references: list[list[str]]) -> dict[str, float]:
+    """BLEU and ROUGE-L, 0 to 100, each text against all its references.
+
+    BLEU is that of the E2E challenge: mteval's 13a tokens, lower case, several references.  ROUGE-L is the mean over
+    texts of the best F1 among the references (the challenge's own script gives more weight to recall).
+    """
+    try:
+        import sacrebleu
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as e:
+        raise ModuleNotFoundError(f"BLEU and ROUGE-L need {e.name}: pip install sacrebleu rouge-score") from None
+    most = max(map(len, references))
+    columns = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
+    scorer = RougeScorer(["rougeL"])
+    rouge = [scorer.score_multi(refs, text)["rougeL"].fmeasure for text, refs in zip(texts, references)]
+    bleu = sacrebleu.corpus_bleu(texts, columns, lowercase=True, tokenize="13a").score
+    return {"BLEU": bleu, "ROUGE-L": 100 * statistics.mean(rouge)}
