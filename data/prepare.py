@@ -248,7 +248,7 @@ def show(row: dict, tokenizer: Tokenizer, layout: Template = PLAIN) -> str:
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
-    parser = Parser(prog="python -m data.prepare", description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("dataset", help=f"tiny, {', '.join(SOURCES)}, or a .jsonl, .ndjson, .json, .csv or .tsv file")
     add("--out", help="folder to write to (default: data/NAME)")

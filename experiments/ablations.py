@@ -2,7 +2,6 @@
 
 import contextlib
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle

@@ -6,6 +6,7 @@
     python -m experiments.plots inside out/iapt              # a table of lengths, layer by layer
     python -m experiments.plots curves out/iapt out/lora     # validation loss, run beside run
     python -m experiments.plots serve out/bench/serve.json   # the cost of tenants, from experiments.bench serve
+    python -m experiments.plots tasks out/tasks/tasks.json   # what reading is worth, from experiments.tasks
 
 All but `reads` and `inside` need matplotlib.  Where rows are needed, they are 64 of those the run was validated on.
 """
@@ -289,6 +290,42 @@ def plot_curves(args: Namespace, path: str):
     save(figure, path)
 
 
+# -- What reading is worth, by the number of tasks -----------------------------------------------------------------
+
+
+def plot_tasks(args: Namespace, path: str):
+    """The loss of constants minus that of IAPT: against the number of tasks, and at 64 tasks against steps."""
+    plt = pyplot()
+    cells = read_json(args.runs[0])
+    try:
+        models = list(dict.fromkeys(cell["model"] for cell in cells))
+        steps = min(cell["steps"] for cell in cells)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{args.runs[0]} is not a tasks.json of experiments.tasks") from None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3), sharey=True)
+    for model in models:
+        own = sorted((c for c in cells if c["model"] == model and c["steps"] == steps), key=lambda c: c["tasks"])
+        mean, low, high = zip(*(cell["constants minus iapt"] for cell in own))
+        around = [[m - x for m, x in zip(mean, low)], [x - m for m, x in zip(mean, high)]]
+        left.errorbar([c["tasks"] for c in own], mean, around, marker="o", capsize=3, label=f"a model {model}")
+        longest = max((c for c in cells if c["model"] == model and c["tasks"] == 64), key=lambda c: c["steps"])
+        iapt, constants = (mean_curve(longest["validation"][name]) for name in ("iapt", "constants"))
+        right.plot(list(iapt), [constants[step] - iapt[step] for step in iapt], marker="o")
+    for axis in (left, right):
+        axis.axhline(0, color=GREY, linewidth=0.8)
+    left.set(xscale="log", xticks=[4, 16, 64], xlabel=f"tasks, {steps} steps", ylabel="constants minus IAPT (nats)")
+    left.set_xticks([4, 16, 64], ["4", "16", "64"])
+    left.minorticks_off()
+    left.legend(loc="upper left")
+    right.set(xlabel="steps, 64 tasks, validation rows")
+    save(figure, path)
+
+
+def mean_curve(curves: list[list[list[float]]]) -> dict[int, float]:
+    """{step: loss}, the mean over curves of [step, loss]."""
+    return {step: sum(curve[i][1] for curve in curves) / len(curves) for i, (step, _) in enumerate(curves[0])}
+
+
 # -- The cost of serving -----------------------------------------------------------------------------------------------
 
 COST = "decode, of the frozen model's"  # a column of serve.json: median, lower and upper quartile
@@ -335,11 +372,13 @@ PLOTS = {
     "attention": plot_attention,
     "curves": plot_curves,
     "serve": plot_serve,
+    "tasks": plot_tasks,
 }
 ARGUMENTS = {  # how many at least and at most, and what they are
     "reads": (2, 2, "a run and an instruction"),
     "curves": (1, len(COLORS), f"1 to {len(COLORS)} runs"),
     "serve": (1, 3, "1 to 3 files"),
+    "tasks": (1, 1, "one file"),
 }
 
 
@@ -348,7 +387,7 @@ def main(argv: list[str] | None = None):
     add = parser.add_argument
     add("plot", choices=[*PLOTS, "inside"], help="what to draw, or print")
     add("runs", nargs="+", metavar="run",
-        help="folder of a run; curves: several; reads: also an instruction; serve: serve.json files")  # fmt: skip
+        help="folder of a run; curves: several; reads: also an instruction; serve, tasks: .json files")  # fmt: skip
     add("--input", default="", help="for reads: what the instruction is about")
     add("--out", help="the file (default: out/PLOT.svg)")
     args = parser.parse_args(argv)

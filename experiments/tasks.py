@@ -22,6 +22,7 @@ from data import TINY
 from data.files import write_rows
 from data.world import FACTS, fact_row, key, skill_row
 from experiments import compare
+from experiments.report import Scores, difference
 from plumbing.cli import Parser, at_least, run
 from plumbing.files import copy_tokenizer, read_json, write_json
 from plumbing.pretrained import save_pretrained
@@ -79,23 +80,19 @@ def tuned_on_other_tasks(folder: str) -> str:
     return model_folder
 
 
-def cell(folder: str) -> dict:
+def measured(folder: str) -> dict:
     """What a finished comparison says: the loss of both methods, and what reading the instruction is worth."""
-    content, scores = (
-        read_json(os.path.join(folder, "compare.json")),
-        compare.Scores(os.path.join(folder, "scores.npz")),
-    )
+    rows = read_json(os.path.join(folder, "compare.json"))["rows"]
+    scores = Scores(os.path.join(folder, "scores.npz"))
     iapt, constants, tokens = scores.get("iapt", "test"), scores.get("constants", "test"), scores.tokens("test")
-    swapped = scores.get("iapt", "test", "swapped")
-    curves = {row["method"]: row["curves"] for row in content["rows"]}
     return {
-        "trained": {row["method"]: row["trainable"] for row in content["rows"]},
-        "rate": {row["method"]: row["lr"] for row in content["rows"]},
+        "trained": {row["method"]: row["trainable"] for row in rows},
+        "lr": {row["method"]: row["lr"] for row in rows},
         "nats": {name: scores.nats(name, "test") for name in ("frozen", "iapt", "constants")},
         "exact": {name: scores.exact(name, "test") for name in ("frozen", "iapt", "constants")},
-        "constants - iapt": compare.difference(constants, iapt, tokens),
-        "swapped - iapt": compare.difference(swapped, iapt, tokens, same_runs=True),
-        "curves": curves,
+        "constants minus iapt": difference(constants, iapt, tokens),
+        "another instruction": difference(scores.get("iapt", "test", "swapped"), iapt, tokens, same_runs=True),
+        "validation": {row["method"]: row["curves"] for row in rows},  # [step, loss] of each seed
     }
 
 
@@ -114,17 +111,19 @@ def main(argv: list[str] | None = None):
     args = parse(argv)
     models = {"never tuned": "tiny", "tuned on other tasks": tuned_on_other_tasks(args.out)}
     path = os.path.join(args.out, "tasks.json")
-    cells = read_json(path) if os.path.exists(path) else {}
+    cells = read_json(path) if os.path.exists(path) else []
     for tasks in args.tasks:
         data, n = os.path.join(args.out, f"{tasks}-tasks"), round(tasks**0.5)
         write_tasks(data, QUESTIONS[:n], dict(list(MOODS.items())[:n]))
-        for name, init in models.items():
-            folder = os.path.join(args.out, f"{init.split(os.sep)[-1]}-{tasks}-tasks-{args.steps}-steps")
+        for model, init in models.items():
+            folder = os.path.join(args.out, f"{os.path.basename(init)}-{tasks}-tasks-{args.steps}-steps")
+            print(f"\n{tasks} tasks, {args.steps} steps, a model {model}:\n")
             compare.main([
                 "tiny", "--methods", "iapt,constants", "--rates", "0.5", "1", "2", "--init", init, "--data", data,
                 "--steps", str(args.steps), "--seeds", str(args.seeds), "--jobs", str(args.jobs), "--out", folder,
             ])  # fmt: skip
-            cells[f"{name}, {tasks} tasks, {args.steps} steps"] = cell(folder)
+            where = {"model": model, "tasks": tasks, "steps": args.steps, "seeds": args.seeds}
+            cells = [cell for cell in cells if where.items() - cell.items()] + [where | measured(folder)]
             write_json(path, cells, indent=1)
 
 

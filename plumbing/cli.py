@@ -32,7 +32,9 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that accepts no abbreviated options and reports an error in one line, with exit status 2."""
 
     def __init__(self, **settings):
-        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **settings})
+        module = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "__main__")
+        prog = None if "__main__" in module else f"python -m {module}"  # the name of its file would not run
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, "prog": prog, **settings})
 
     def error(self, message: str):
         self.exit(2, f"error: {message} ({self.prog} --help shows the options)\n")

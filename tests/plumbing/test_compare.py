@@ -13,7 +13,8 @@ from data import TINY, load_splits
 from data.files import write_rows
 from data.tokenizer import pieces
 from experiments import ablations, compare, tasks, texts
-from experiments.compare import ROWS, Comparison, Scores, count, difference, sized
+from experiments.compare import ROWS, Comparison, count, sized
+from experiments.report import Scores, difference, report
 from model import Config
 from plumbing.files import read_json, write_json
 
@@ -241,7 +242,7 @@ def test_the_table_says_who_is_better_on_the_same_rows(tmp_path):
     np.savez(tmp_path / "scores.npz", **arrays)
     rows = [{"method": name, "trainable": 5, "lr": 0.1} for name in ("iapt", "constants")]
     rows.append({"method": "frozen", "texts": [{"test": {"BLEU": 1.0, "ROUGE-L": 2.0}}]})
-    lines = list(compare.report(rows, Scores(str(tmp_path / "scores.npz")), "iapt"))
+    lines = list(report(rows, Scores(str(tmp_path / "scores.npz")), "iapt"))
     assert any(line.startswith("| constants | +0.500 (+0.500 to +0.500)") for line in lines)
     assert "| frozen | 1.0 | 2.0 |" in lines
     assert any(line.startswith("| iapt: another row's instruction | +0.250") for line in lines)

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import torch
-from conftest import SMALL, right_padded, run_in, shake, small_model
+from conftest import ROOT, SMALL, right_padded, run_in, shake, small_model
 
 import train
 from baselines import build
@@ -112,8 +112,13 @@ def arguments(plot, runs, folder):
     cells = {"shape": "small", "prompt": 8, "new": 8}
     table = [{**cells, "tenants": n, "method": m, plots.COST: [n, n / 2, 2 * n]} for n in (1, 4) for m in "ab"]
     (folder / "serve.json").write_text(json.dumps({"rows": table}))
+    curves = {"iapt": [[[1, 2.0], [2, 1.0]]], "constants": [[[1, 2.0], [2, 1.5]]]}
+    cell = {"steps": 2, "constants minus iapt": [0.5, 0.4, 0.6], "validation": curves}
+    table = [{**cell, "model": model, "tasks": tasks} for model in ("a", "b") for tasks in (4, 64)]
+    (folder / "tasks.json").write_text(json.dumps(table))
     special = {"reads": [runs["iapt"], "the past of go ?"], "curves": list(runs.values())}
-    return {**special, "serve": [str(folder / "serve.json")]}.get(plot, [runs["iapt"]])
+    special |= {name: [str(folder / f"{name}.json")] for name in ("serve", "tasks")}
+    return special.get(plot, [runs["iapt"]])
 
 
 @pytest.mark.parametrize("plot", list(plots.PLOTS))
@@ -157,11 +162,12 @@ def test_inside_prints_a_line_for_each_layer(runs):
         (1, ["curves", "nowhere"], "no nowhere/log.jsonl: curves are of folders of runs"),
         (1, ["activations", "nowhere"], "no checkpoint at nowhere"),
         (2, ["inside", "iapt"], "inside prints a table, and takes no --out"),
+        (1, ["tasks", os.path.join(ROOT, "data", "tiny", "config.json")], "is not a tasks.json of experiments.tasks"),
         (2, ["dance", "iapt"], "invalid choice: 'dance'"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(status, args, message, runs, tmp_path):
-    if args[0] in ("activations", "curves"):
+    if args[0] in ("activations", "curves", "tasks"):
         pytest.importorskip("matplotlib", reason="these plots need matplotlib")
     result, text = run_in(plots, *(runs.get(arg, arg) for arg in args), "--out", str(tmp_path / "x.svg"))
     assert result == status and message in text and text.count("error: ") == 1
