@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data.files import label_words, load_splits
+from data.files import label_words, load_splits, warn
 from data.template import PLAIN, Template, make_template, template
 from data.tokenizer import Tokenizer
 from plumbing import distributed
@@ -98,6 +98,10 @@ def encode(
             response = response[: block_size - min(len(prompt), block_size - block_size // 2)]
             prompt = shorten(prompt, block_size - len(response), tokenizer, template)
         examples.append(Example(prompt, response))
+    unknown = getattr(tokenizer.engine, "unknown", None)  # of one that has no bytes to fall back on
+    lost = [i for i, example in enumerate(examples, 1) if any(unknown in ids for ids in example)]
+    if lost:
+        warn(f"{len(lost)} of {len(rows)} rows, such as {lost[0]}, have characters that the tokenizer does not know")
     return examples
 
 

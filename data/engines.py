@@ -111,6 +111,9 @@ class HubEngine:
             if self.hub.token_to_id(secret.get(name, name)) != token["id"]:
                 raise ValueError(f"the added token {name[:80]!r} has id {token['id']}, but ids before it are missing")
         self.size = max(self.hub.get_vocab().values()) + 1
+        self.unknown = model.get("unk_id")  # what characters become that are in no token
+        if model.get("unk_token"):
+            self.unknown = self.hub.token_to_id(model["unk_token"])
         self.newline = self._ids("\n")
         self.adds_space = self._ids("\n x")[len(self.newline) :] != self._ids(" x")
 

@@ -146,6 +146,17 @@ def test_the_walk_through_for_a_new_idea_works_from_the_first_line_on(copy):
     shell(f"{test} -q {generic}", copy)
 
 
+@pytest.mark.slow
+def test_the_walk_through_for_a_change_of_iapt_works(copy):
+    with open(os.path.join(copy, "baselines", "__init__.py"), "a", encoding="utf-8") as f:
+        f.write("\n\nfrom iapt import NormedGenerator  # noqa: E402\n\n\n" + block("class Gated"))
+    table = shell("python train.py --method gated --steps 300 --device cpu", copy)
+    before, after = re.search(r"^test .*?% +([\d.]+) .*?% +([\d.]+)$", table, re.MULTILINE).groups()
+    assert float(after) < float(before) / 8
+    generic = os.path.join("tests", "method", "test_every_method.py")
+    assert "passed" in shell(f"python -m pytest -k gated -q {generic}", copy)
+
+
 def edit(path, old, new, after=""):
     """Replace what occurs once in a file, and add something at its end."""
     with open(path, encoding="utf-8") as f:

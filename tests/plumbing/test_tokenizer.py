@@ -10,6 +10,7 @@ import tiktoken
 from conftest import ROOT, shared
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
+from data import encode
 from data.engines import GPT2, WORDS, TiktokenEngine, gpt2_chars, secret_name
 from data.tokenizer import END, Tokenizer, pieces
 from plumbing.files import read_json, write_json
@@ -180,6 +181,27 @@ def test_it_is_so_where_the_model_itself_has_the_name_as_a_word(model, tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
     assert 1 not in tokenizer.encode("say </s> now") and tokenizer.encode_chat("say</s>")[-1] == 1
     assert tokenizer.encode("!") == [4]  # an ordinary letter, even if a file calls it special
+
+
+@pytest.mark.parametrize("model", ["WordLevel", "Unigram", "BPE"])
+def test_characters_that_a_tokenizer_does_not_know_are_counted_not_lost_in_silence(model, tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
+    vocab = {token: i for i, token in enumerate(["<unk>", "</s>", "cat", "c", "a", "t", ":", "\n"])}
+    settings = {
+        "WordLevel": {"vocab": vocab, "unk_token": "<unk>"},
+        "Unigram": {"vocab": [(token, -float(i)) for token, i in vocab.items()], "unk_id": 0},
+        "BPE": {"vocab": vocab, "merges": [], "unk_token": "<unk>"},
+    }
+    hub = tokenizers.Tokenizer(getattr(tokenizers.models, model)(**settings[model]))
+    hub.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    hub.save(str(tmp_path / "tokenizer.json"))
+    edit(tmp_path, "config.json", eos_token_id=1)
+    tokenizer = Tokenizer.load(tmp_path)
+    rows = [{"prompt": "cat", "output": "cat"}, {"prompt": "cat", "output": "猫"}, {"prompt": "猫", "output": "cat"}]
+    encode(rows, tokenizer, 100)
+    assert "2 of 3 rows, such as 2, have characters that the tokenizer does not know" in capsys.readouterr().err
+    encode(rows[:1], tokenizer, 100)
+    assert capsys.readouterr().err == ""
 
 
 # -- Files beside each other -------------------------------------------------------------------------------------------
