@@ -24,7 +24,7 @@ from data import Batch, collate, encode, evenly_spaced, open_data
 from iapt import IAPT, PaperIAPT, Rational
 from model import Block, Decoder, Soft, Tuner
 from plumbing.checkpoint import RunFolder, load_checkpoint
-from plumbing.cli import Parser, UsageError, pick_device, run
+from plumbing.cli import Parser, UsageError, at_least, pick_device, run
 from plumbing.files import read_json, replacing
 from sample import Opened, generator_inputs, open_runs, reading_weights
 
@@ -90,16 +90,16 @@ rect { fill: #4c8dd0 }
 </style>"""
 
 
-def reads_svg(words: list[str], weights: Tensor) -> Iterator[str]:
-    """Lines of an SVG: for each soft token the words of the instruction, shaded by weights (L, P, T)."""
+def reads_svg(words: list[str], weights: Tensor, layers: list[int]) -> Iterator[str]:
+    """Lines of an SVG: for each soft token of these L layers the words of the instruction, shaded by weights (L, P, T)."""
     L, P, _ = weights.shape
     width, line, left = 7.9, 21, 158  # of a character, of a line, of the names
     size = f"{left + width * sum(map(len, words)) + 8:.0f} {line * P * L + 8 * L:.0f}"
     yield f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{size.split()[0]}">{STYLE}'
-    for l in range(L):
+    for l, layer in enumerate(layers):
         for p in range(P):
             x, y = left, line * (l * P + p) + 8 * l + 15
-            yield f'<text class="name" x="0" y="{y}">layer {l + 1:2}, token {p + 1:2}</text>'
+            yield f'<text class="name" x="0" y="{y}">layer {layer:2}, token {p + 1:2}</text>'
             for word, w in zip(words, weights[l, p].tolist()):
                 box, text = width * len(word), word.lstrip()
                 yield f'<rect x="{x:.1f}" y="{y - 14}" width="{box:.1f}" height="19" rx="3" opacity="{w:.2f}"/>'
@@ -114,8 +114,12 @@ def plot_reads(args: Namespace, path: str):
     """The instruction, once for each soft token, its words shaded by how much the token reads of them."""
     model, tokenizer, template, (tuner,) = open_iapt(args.runs[0])
     prompt = template.prompt_ids({"instruction": args.runs[1], "input": args.input}, tokenizer)
+    words, weights = reading_weights(model, tokenizer, tuner, prompt)
+    layers = args.layers or list(range(1, len(weights) + 1))
+    if max(layers) > len(weights):
+        raise UsageError(f"--layers: there are {len(weights)}, got {max(layers)}")
     with replacing(path) as f:
-        f.write("\n".join(reads_svg(*reading_weights(model, tokenizer, tuner, prompt))) + "\n")
+        f.write("\n".join(reads_svg(words, weights[[l - 1 for l in layers]], layers)) + "\n")
 
 
 # -- Activations, attention --------------------------------------------------------------------------------------------
@@ -389,13 +393,14 @@ def main(argv: list[str] | None = None):
     add("runs", nargs="+", metavar="run",
         help="folder of a run; curves: several; reads: also an instruction; serve, tasks: .json files")  # fmt: skip
     add("--input", default="", help="for reads: what the instruction is about")
+    add("--layers", type=at_least(1), nargs="+", help="for reads: which layers (default: all)")
     add("--out", help="the file (default: out/PLOT.svg)")
     args = parser.parse_args(argv)
     fewest, most, wanted = ARGUMENTS.get(args.plot, (1, 1, "one run"))
     if not fewest <= len(args.runs) <= most:
         parser.error(f"{args.plot} takes {wanted}, got {len(args.runs)}")
-    if args.input and args.plot != "reads":
-        parser.error("--input is for reads")
+    if (args.input or args.layers) and args.plot != "reads":
+        parser.error("--input and --layers are for reads")
     if args.plot == "inside":
         if args.out:
             parser.error("inside prints a table, and takes no --out")

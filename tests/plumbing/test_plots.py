@@ -35,7 +35,7 @@ def small_batch():
 def test_the_words_and_shades_are_those_of_the_pooling(tmp_path):
     weights = torch.tensor([[[0.25, 0.75], [1.0, 0.0]]])
     path = tmp_path / "x.svg"
-    path.write_text("\n".join(plots.reads_svg(["<a", " & b"], weights)))
+    path.write_text("\n".join(plots.reads_svg(["<a", " & b"], weights, [1])))
     svg = "{http://www.w3.org/2000/svg}"
     texts = [node.text for node in ET.parse(path).iter(f"{svg}text")]
     assert texts == ["layer  1, token  1", "<a", "& b", "layer  1, token  2", "<a", "& b"]
@@ -121,6 +121,14 @@ def arguments(plot, runs, folder):
     return special.get(plot, [runs["iapt"]])
 
 
+def test_reads_draws_the_layers_that_are_asked_for(runs, tmp_path):
+    path = tmp_path / "x.svg"
+    status, text = run_in(plots, "reads", runs["iapt"], "the past of go ?", "--layers", "4", "2", "--out", str(path))
+    assert status == 0, text
+    names = [x.text for x in ET.parse(path).getroot().iter() if x.get("class") == "name"]
+    assert names == [f"layer {l:2}, token {p:2}" for l in (4, 2) for p in (1, 2, 3, 4)]
+
+
 @pytest.mark.parametrize("plot", list(plots.PLOTS))
 def test_a_plot_is_an_svg_file_and_the_same_each_time(plot, runs, tmp_path):
     if plot != "reads":
@@ -158,7 +166,8 @@ def test_inside_prints_a_line_for_each_layer(runs):
         (2, ["activations", "lora"], "only that has generators to look into"),
         (2, ["reads", "iapt"], "reads takes a run and an instruction, got 1"),
         (2, ["attention", "iapt", "lora"], "attention takes one run, got 2"),
-        (2, ["curves", "iapt", "--input", "x"], "--input is for reads"),
+        (2, ["curves", "iapt", "--input", "x"], "--input and --layers are for reads"),
+        (2, ["reads", "iapt", "the past of go ?", "--layers", "2", "9"], "--layers: there are 4, got 9"),
         (1, ["curves", "nowhere"], "no nowhere/log.jsonl: curves are of folders of runs"),
         (1, ["activations", "nowhere"], "no checkpoint at nowhere"),
         (2, ["inside", "iapt"], "inside prints a table, and takes no --out"),
