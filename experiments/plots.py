@@ -91,7 +91,7 @@ rect { fill: #4c8dd0 }
 
 
 def reads_svg(words: list[str], weights: Tensor, layers: list[int]) -> Iterator[str]:
-    """Lines of an SVG: for each soft token of these L layers the words of the instruction, shaded by weights (L, P, T)."""
+    """Lines of an SVG: for each soft token of L layers the words of the instruction, shaded by weights (L, P, T)."""
     L, P, _ = weights.shape
     width, line, left = 7.9, 21, 158  # of a character, of a line, of the names
     size = f"{left + width * sum(map(len, words)) + 8:.0f} {line * P * L + 8 * L:.0f}"
