@@ -72,7 +72,10 @@ def rational_backward(x: Tensor, a: Tensor, b: Tensor, g: Tensor) -> tuple[Tenso
 
 
 def polynomials(x: Tensor, *coefficients: Tensor) -> list[Tensor]:
-    """c_0 + c_1 x + c_2 x^2 + ... for each c.  Compiled, Horner's rule is one kernel; else matrix products are few."""
+    """c_0 + c_1 x + c_2 x^2 + ... for each c.
+
+    Compiled, Horner's rule is one kernel.  Not compiled, each step of it would be one, so all share a table of powers.
+    """
     if torch.compiler.is_compiling():
         return [functools.reduce(lambda y, c_j: y * x + c_j, reversed(c.unbind())) for c in coefficients]
     powers = torch.linalg.vander(x, N=max(map(len, coefficients)))

@@ -314,7 +314,7 @@ def tiny(folder: str, corpus: int = 40_000) -> dict[str, int]:
     if os.path.exists(os.path.join(folder, "model.safetensors")) and read_json(vocabulary) != pieces(text):
         raise ValueError(
             f"the words of this world are no longer those of the model in {folder}: make the data with --out NEW, copy"
-            " its words.json here, and pretrain anew (the command is in the README)"
+            " its words.json here, and pretrain anew (the command is in docs/RESULTS.md)"
         )
     os.makedirs(os.path.join(folder, "pretrain"), exist_ok=True)
     for name, rows in files.items():
