@@ -16,6 +16,7 @@ on 64 other tasks, of other questions and other moods ("tuned on other tasks").
 import os
 import random
 from argparse import Namespace
+from collections.abc import Iterator
 
 import train
 from data import TINY
@@ -96,6 +97,18 @@ def measured(folder: str) -> dict:
     }
 
 
+def table(cells: list[dict]) -> Iterator[str]:
+    """The cells as a table in Markdown: nats per token (rows answered exactly), differences with 95 % intervals."""
+    yield "| a model | tasks | steps | frozen | constants | IAPT | constants minus IAPT | IAPT, another instruction |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for cell in sorted(cells, key=lambda cell: (cell["model"], cell["steps"], cell["tasks"])):
+        scores = [f"{cell['nats'][x]:.3f} ({cell['exact'][x]:.1f} %)" for x in ("frozen", "constants", "iapt")]
+        for key in ("constants minus iapt", "another instruction"):
+            mean, low, high = cell[key]
+            scores.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
+        yield f"| {cell['model']} | {cell['tasks']} | {cell['steps']:,} | {' | '.join(scores)} |"
+
+
 def parse(argv: list[str] | None = None) -> Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -125,6 +138,7 @@ def main(argv: list[str] | None = None):
             where = {"model": model, "tasks": tasks, "steps": args.steps, "seeds": args.seeds}
             cells = [cell for cell in cells if where.items() - cell.items()] + [where | measured(folder)]
             write_json(path, cells, indent=1)
+    print("", *table(cells), sep="\n")
 
 
 if __name__ == "__main__":

@@ -294,3 +294,11 @@ def test_tasks_have_only_words_that_the_shipped_model_knows(tmp_path):
     for questions, moods in ((tasks.QUESTIONS, tasks.MOODS), (tasks.OTHER_QUESTIONS, tasks.OTHER_MOODS)):
         for row in tasks.rows_of("train", 640, questions, moods):
             assert set(pieces([f"Instruction: {row['instruction']} {row['output']}"])) <= words, row
+
+
+def test_the_table_of_tasks_has_a_line_for_each_cell():
+    cell = {"model": "never tuned", "tasks": 4, "steps": 800, "constants minus iapt": [0.1, 0.05, 0.2]}
+    cell |= {"another instruction": [2, 1, 3], "nats": dict.fromkeys(("frozen", "iapt", "constants"), 1.0)}
+    cell["exact"] = cell["nats"]
+    *_, line = tasks.table([cell])
+    assert line.startswith("| never tuned | 4 | 800 | 1.000 (1.0 %) |") and "+0.100 (+0.050 to +0.200)" in line
