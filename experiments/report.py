@@ -39,9 +39,8 @@ def difference(
     return mean, low, high
 
 
-def as_interval(a: list[np.ndarray], b: list[np.ndarray], tokens: np.ndarray, same_runs: bool = False) -> str:
+def interval(mean: float, low: float, high: float) -> str:
     """A `difference` as text."""
-    mean, low, high = difference(a, b, tokens, same_runs)
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
@@ -96,7 +95,8 @@ def report(rows: list[dict], scores: Scores, reference: str) -> Iterator[str]:
         name = row["method"]
         if name == reference or reference not in scores.seeds:
             continue
-        cells = [as_interval(scores.get(name, t), scores.get(reference, t), scores.tokens(t)) for t in tests]
+        pairs = [(scores.get(name, t), scores.get(reference, t), scores.tokens(t)) for t in tests]
+        cells = [interval(*difference(*pair)) for pair in pairs]
         t = tests[0]
         macro = scores.macro(name, t) - scores.macro(reference, t)
         yield f"| {name} | {' | '.join(cells)} | {macro:+.3f} |"
@@ -107,7 +107,7 @@ def report(rows: list[dict], scores: Scores, reference: str) -> Iterator[str]:
         for what, label in (("swapped", "another row's instruction"), ("mean", "the mean of what it writes")):
             if scores.get(name, tests[0], what):
                 pairs = [(scores.get(name, t, what), scores.get(name, t), scores.tokens(t)) for t in tests]
-                cells = [as_interval(*pair, same_runs=True) for pair in pairs]
+                cells = [interval(*difference(*pair, same_runs=True)) for pair in pairs]
                 yield f"| {name}: {label} | {' | '.join(cells)} |"
     written = {row["method"]: row["texts"] for row in rows if "texts" in row}
     if written:

@@ -23,7 +23,7 @@ from data import TINY
 from data.files import write_rows
 from data.world import FACTS, fact_row, key, skill_row
 from experiments import compare
-from experiments.report import Scores, difference
+from experiments.report import Scores, difference, interval
 from plumbing.cli import Parser, at_least, run
 from plumbing.files import copy_tokenizer, read_json, write_json
 from plumbing.pretrained import save_pretrained
@@ -103,9 +103,7 @@ def table(cells: list[dict]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for cell in sorted(cells, key=lambda cell: (cell["model"], cell["steps"], cell["tasks"])):
         scores = [f"{cell['nats'][x]:.3f} ({cell['exact'][x]:.1f} %)" for x in ("frozen", "constants", "iapt")]
-        for key in ("constants minus iapt", "another instruction"):
-            mean, low, high = cell[key]
-            scores.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
+        scores += [interval(*cell[what]) for what in ("constants minus iapt", "another instruction")]
         yield f"| {cell['model']} | {cell['tasks']} | {cell['steps']:,} | {' | '.join(scores)} |"
 
 
