@@ -8,7 +8,8 @@
 The protocol, the same for every method:
 
     1. Its size is the one whose trained parameters are nearest to the budget.
-    2. Its learning rate is the one of RATES with the lowest validation loss (seed 0, multiples of the method's own).
+    2. Its learning rate is the one of RATES (multiples of its own) with the lowest validation loss, seed 0.  If that is
+       the lowest or the highest of them, the next one beyond is tried, too.
     3. All seeds are trained at that rate.
     4. Test rows are scored once, after that.  What was found on each row is saved, for each seed.
     5. A difference between two methods is taken on the same rows; its interval is a bootstrap over rows and seeds.
@@ -314,7 +315,10 @@ class Comparison:
             lr = build(ROWS[name].method, self.config, self.sizes[name][0]).lr
         trials = {lr * multiple: submit(lr * multiple, 0) for multiple in self.args.rates}
         vals = {rate: future.result()["val"] for rate, future in trials.items()}
-        rate = min(vals, key=vals.get)
+        while (rate := min(vals, key=vals.get)) in (min(vals), max(vals)) and 1 < len(vals) < 8:
+            beyond = 2 * rate if rate == max(vals) else rate / 2  # the best is not at the edge of what was tried
+            trials[beyond] = submit(beyond, 0)
+            vals[beyond] = trials[beyond].result()["val"]
         runs = [trials[rate], *(submit(rate, seed) for seed in range(1, self.args.seeds))]
         runs = [future.result() for future in runs]
         row = {

@@ -15,15 +15,17 @@ on 64 other tasks, of other questions and other moods ("tuned on other tasks").
 
 import os
 import random
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 
 import train
-from data import TINY
-from data.files import write_rows
-from data.world import FACTS, fact_row, key, skill_row
+from data import TINY, open_data
+from data.files import read_rows, write_rows
+from data.world import FACTS, fact_row, skill_row
 from experiments import compare
 from experiments.report import Scores, difference, interval
+from plumbing.checkpoint import RunFolder
 from plumbing.cli import Parser, at_least, run
 from plumbing.files import copy_tokenizer, read_json, write_json
 from plumbing.pretrained import save_pretrained
@@ -40,44 +42,65 @@ WAYS = ["be {mood} :", "make it {mood} :", "i want it {mood} :"]  # all of it in
 
 
 def rows_of(seed: str, size: int, questions: list[str], moods: dict[str, str], avoid: list[dict] = ()) -> list[dict]:
-    """`size` different rows, none of them among `avoid`: each question in each mood, in turn."""
+    """`size` rows: each question in each mood, in turn.  None asks the same as another, or as one of `avoid`."""
     rng = random.Random(seed)
     tasks = [(question, mood) for question in questions for mood in moods]
-    seen, rows = {key(row) for row in avoid}, []
+    seen, rows = {asked(row) for row in avoid}, []
     while len(rows) < size:
         question, mood = tasks[len(rows) % len(tasks)]
         row = (fact_row if question in FACTS else skill_row)(rng, question)
         instruction = f"{rng.choice(WAYS).format(mood=mood)} {row['instruction']}"
         row |= {"instruction": instruction, "output": moods[mood].format(y=row["output"]), "task": f"{question} {mood}"}
-        if key(row) not in seen:
-            seen.add(key(row))
+        if asked(row) not in seen:
+            seen.add(asked(row))
             rows.append(row)
     rng.shuffle(rows)
     return rows
 
 
-def write_tasks(folder: str, questions: list[str], moods: dict[str, str], size: int = 6400):
-    """A data set of questions in moods: train, val and test."""
-    train_rows = rows_of("train", size, questions, moods)
+def asked(row: dict) -> tuple[str, str, str]:
+    """What makes two rows the same question, whatever words name the mood."""
+    return row["task"], row["instruction"].split(" : ")[1], row["input"]
+
+
+def write_tasks(folder: str, questions: list[str], moods: dict[str, str], statements: list[dict] = ()):
+    """A data set of questions in moods: train, to which `statements` are added, val and test."""
+    train_rows = rows_of("train", 6400, questions, moods)
     test = rows_of("test", 640, questions, moods, train_rows)
     val = rows_of("val", 320, questions, moods, train_rows + test)
-    os.makedirs(folder, exist_ok=True)
-    for name, rows in {"val": val, "test": test, "train": train_rows}.items():
-        write_rows(os.path.join(folder, f"{name}.jsonl"), rows)
+    for name, rows in {"val": val, "test": test, "train": train_rows + list(statements)}.items():
+        write_or_compare(os.path.join(folder, f"{name}.jsonl"), rows)
+
+
+def write_or_compare(path: str, rows: list[dict]):
+    """Write rows.  Raises ValueError if the file has others: finished runs were made with those."""
+    if os.path.exists(path):
+        if read_rows(path) != rows:
+            raise ValueError(f"{path} was made by another version of experiments.tasks: --out names another folder")
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_rows(path, rows)
 
 
 def tuned_on_other_tasks(folder: str) -> str:
-    """The shipped model after full fine-tuning on the other tasks, as a model's folder; made once."""
-    model_folder = os.path.join(folder, "tuned")
-    if not os.path.exists(os.path.join(model_folder, "model.safetensors")):
-        data, out = os.path.join(folder, "other"), os.path.join(folder, "tuning")
-        write_tasks(data, OTHER_QUESTIONS, OTHER_MOODS)
-        train.main(["--method", "full", "--data", data, "--out", out, "--steps", "1500", "--force"])
-        opened = open_runs([out])
-        opened.tuners[0].attach(opened.model)
-        os.makedirs(model_folder, exist_ok=True)
-        copy_tokenizer(TINY, model_folder)
-        save_pretrained(model_folder, opened.model)
+    """The shipped model after full fine-tuning on the other tasks, as a model's folder; made once.
+
+    Half of the rows are statements from its pretraining: without them it would forget the facts that are asked for.
+    """
+    model_folder, data, out = (os.path.join(folder, name) for name in ("tuned", "other", "tuning"))
+    if os.path.exists(os.path.join(model_folder, "model.safetensors")):
+        return model_folder
+    open_data("tiny")  # makes the corpus, if it is not there
+    statements = random.Random(0).sample(read_rows(os.path.join(TINY, "pretrain", "train.jsonl")), 6400)
+    write_tasks(data, OTHER_QUESTIONS, OTHER_MOODS, statements)
+    shutil.copy(os.path.join(TINY, "pretrain", "test_complete.jsonl"), data)  # what it knows, before and after
+    how = "--resume" if RunFolder(out).can_resume() else "--force"
+    train.main(["--method", "full", "--data", data, "--out", out, "--steps", "600", how])
+    opened = open_runs([out])
+    opened.tuners[0].attach(opened.model)
+    os.makedirs(model_folder, exist_ok=True)
+    copy_tokenizer(TINY, model_folder)
+    save_pretrained(model_folder, opened.model)
     return model_folder
 
 
@@ -133,8 +156,9 @@ def main(argv: list[str] | None = None):
                 "tiny", "--methods", "iapt,constants", "--rates", "0.5", "1", "2", "--init", init, "--data", data,
                 "--steps", str(args.steps), "--seeds", str(args.seeds), "--jobs", str(args.jobs), "--out", folder,
             ])  # fmt: skip
-            where = {"model": model, "tasks": tasks, "steps": args.steps, "seeds": args.seeds}
-            cells = [cell for cell in cells if where.items() - cell.items()] + [where | measured(folder)]
+            where = {"model": model, "tasks": tasks, "steps": args.steps}
+            cells = [cell for cell in cells if not where.items() <= cell.items()]
+            cells.append({**where, "seeds": args.seeds, **measured(folder)})
             write_json(path, cells, indent=1)
     print("", *table(cells), sep="\n")
 

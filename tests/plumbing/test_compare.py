@@ -278,14 +278,14 @@ def test_the_whole_command_continues_where_it_was(rows, tmp_path, capsys):
 
 
 def test_tasks_are_questions_in_moods_and_no_row_is_in_two_splits(tmp_path):
-    tasks.write_tasks(str(tmp_path), tasks.QUESTIONS[:2], dict(list(tasks.MOODS.items())[:2]), 400)
+    tasks.write_tasks(str(tmp_path), tasks.QUESTIONS[:2], dict(list(tasks.MOODS.items())[:2]))
     splits = load_splits(str(tmp_path))
     assert {row["task"] for row in splits["train"]} == {row["task"] for row in splits["test"]}
     assert len({row["task"] for row in splits["train"]}) == 4
     polite = next(row for row in splits["train"] if row["task"] == "capital polite")
     assert "polite" in polite["instruction"] and polite["output"].startswith("please ")
-    rows = [(row["instruction"], row["input"]) for split in splits.values() for row in split]
-    assert len(rows) == len(set(rows)) == 400 + 640 + 320
+    rows = [tasks.asked(row) for split in splits.values() for row in split]
+    assert len(rows) == len(set(rows)) == 6400 + 640 + 320
     assert not set(tasks.QUESTIONS) & set(tasks.OTHER_QUESTIONS) and not set(tasks.MOODS) & set(tasks.OTHER_MOODS)
 
 
