@@ -107,6 +107,7 @@ class Rational(nn.Module):
 
 ACTIVATIONS = {"rational": Rational, "gelu": nn.GELU, "relu": nn.ReLU, "identity": nn.Identity}
 Activation = Literal["rational", "gelu", "relu", "identity"]
+
 # -- 2. As in the paper ------------------------------------------------------------------------------------------------
 
 
@@ -177,10 +178,10 @@ class PaperIAPT(Tuner):
 
 
 class NormedGenerator(Generator):
-    """A generator to which the length of a hidden state, which grows from layer to layer, means nothing."""
+    """Scales each hidden state, and Q, to unit mean square: hidden states grow from layer to layer."""
 
     def project(self, x: Tensor) -> Tensor:
-        # Each row is scaled after the projection, so that no scaled copy of H is kept.
+        # Each token's state is scaled after the projection, so that no scaled copy of H is kept.
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         return super().project(x) * (x.shape[-1] ** 0.5 / length.clamp_min(1e-6))
 

@@ -55,13 +55,13 @@ def linear_layers(config: Config, on: str) -> tuple[list[str], list[torch.Size]]
     """Names of a block's linear layers that an option `on` names, and the shapes of their weights in all blocks."""
     with torch.device("meta"):
         linear = {name: m for name, m in Block(config).named_modules() if isinstance(m, nn.Linear)}
-    names = {name.split(".")[-1]: name for name in linear}
-    groups = {"all": list(names), "mlp": [name for name in names if names[name].startswith("mlp.")]}
+    full_names = {name.split(".")[-1]: name for name in linear}
+    groups = {"all": list(full_names), "mlp": [name for name in full_names if full_names[name].startswith("mlp.")]}
     sites = groups.get(on) or on.split(",")
-    if set(sites) - set(names) or len(set(sites)) < len(sites):
-        raise UsageError(f"the option on takes some of {','.join(names)}, or mlp, or all; got {on!r}")
-    on = [names[site] for site in sites]
-    return on, [linear[name].weight.shape for name in on] * config.n_layer
+    if set(sites) - set(full_names) or len(set(sites)) < len(sites):
+        raise UsageError(f"the option on takes some of {','.join(full_names)}, each once, or mlp, or all; got {on!r}")
+    names = [full_names[site] for site in sites]
+    return names, [linear[name].weight.shape for name in names] * config.n_layer
 
 
 def modules(model: Decoder, on: list[str]) -> list[nn.Module]:
@@ -106,9 +106,10 @@ class LoRA(Hooked):
 
 
 class IA3(Hooked):
-    """y = (1 + g) W x, a gain for each output of the linear layers named in `on`, as in (IA)^3 (arXiv 2205.05638).
+    """(1 + g) times the output of the linear layers named in `on`: a learned gain for each of their features.
 
-    Gains start at zero.  (IA)^3 itself has on=k,v,up.  PARA, of IAPT's authors (arXiv 2502.01033), has q, v and up.
+    Gains start at zero.  With on=k,v,up this is (IA)^3 for LLaMA (arXiv 2205.05638); for GPT-2, whose up is followed by
+    GELU, the gain acts before it.  PARA, of IAPT's authors (arXiv 2502.01033), has q, v and up.
     """
 
     lr = 2e-2

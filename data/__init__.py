@@ -99,9 +99,9 @@ def encode(
             prompt = shorten(prompt, block_size - len(response), tokenizer, template)
         examples.append(Example(prompt, response))
     unknown = getattr(tokenizer.engine, "unknown", None)  # of one that has no bytes to fall back on
-    lost = [i for i, example in enumerate(examples, 1) if any(unknown in ids for ids in example)]
+    lost = [row for row, example in zip(rows, examples) if unknown is not None and any(unknown in x for x in example)]
     if lost:
-        warn(f"{len(lost)} of {len(rows)} rows, such as {lost[0]}, have characters that the tokenizer does not know")
+        warn(f"{len(lost)} of {len(rows)} rows have characters that the tokenizer lacks. The first: {lost[0]}"[:300])
     return examples
 
 

@@ -20,7 +20,7 @@ class Joined(IAPT):
 
 
 class RandomStart(IAPT):
-    """Values and W_up start at a tenth of unit scale, as keys do in most prompt methods, and not at zero."""
+    """Values and W_up start at random, at a tenth of the keys' scale, not at zero."""
 
     def start(self, model: Decoder):
         for value in self.values:
@@ -58,13 +58,17 @@ class GeneratedKeys(IAPT):
 
 
 class OneRate(IAPT):
-    """Generator, constants and coefficients learn at the same rate."""
+    """Generator, constants and coefficients learn at the same rate, four times that of IAPT's generator by default."""
 
     groups = Tuner.groups
 
+    def __init__(self, config: Config, P: int = 4, m: int = 4, repeat: int = 3):
+        super().__init__(config, P, m, repeat)
+        self.lr *= 4
+
 
 class WithGains(IAPT):
-    """Also a learned gain on each output of q, v and up, the same for every instruction."""
+    """Also a learned gain on each output of q, v and up, the same for every instruction.  Its control is repeat=1."""
 
     def __init__(self, config: Config, P: int = 4, m: int = 4, repeat: int = 3):
         super().__init__(config, P, m, repeat)
@@ -100,7 +104,7 @@ ABLATIONS = {
 
 @contextlib.contextmanager
 def removing(hooks: list[RemovableHandle]):
-    """While it lasts, hooks act."""
+    """Removes the hooks at the end of the with block."""
     try:
         yield
     finally:
@@ -110,7 +114,7 @@ def removing(hooks: list[RemovableHandle]):
 
 @contextlib.contextmanager
 def swapped_instruction(tuner: Tuner):
-    """Every generator reads the instruction of another row of the batch."""
+    """Every generator reads the instruction of another row of the batch (in a batch of one row, its own)."""
 
     def roll(_, inputs):
         return tuple(x.roll(len(x) // 2, 0) for x in inputs)

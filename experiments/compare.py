@@ -14,7 +14,9 @@ The protocol, the same for every method:
     4. Test rows are scored once, after that.  What was found on each row is saved, for each seed.
     5. A difference between two methods is taken on the same rows; its interval is a bootstrap over rows and seeds.
 
-No choice sees a test row.  Interrupted, the same command continues; with other methods or more seeds, it adds them.
+No choice sees a test row.  Some methods cannot spend the budget (prompt, dynamic, capt, ia3) or are larger (full): see
+the column "trained".  Interrupted, the same command continues.  For more methods or seeds, name the old ones, too:
+what is finished is not run again.
 
 A map of this file: TABLES and ROWS; sized; the work of one process (train_one, score_one, write_one); Comparison, which
 runs all of it.  report.py makes the tables.
@@ -43,8 +45,8 @@ from data.scores import score_examples
 from data.tokenizer import Tokenizer
 from experiments.ablations import ABLATIONS, mean_output, swapped_instruction
 from experiments.bench import machine
-from experiments.report import Scores, report
-from experiments.texts import bleu_and_rouge, distinct_instructions, write_answers
+from experiments.report import DIVERGED, Scores, report
+from experiments.texts import bleu_and_rouge, distinct_instructions, import_metrics, write_answers
 from model import Config, Tuner
 from plumbing.checkpoint import Diverged, RunFolder, load_checkpoint, load_into
 from plumbing.cli import Parser, at_least, pick_device, run
@@ -165,11 +167,11 @@ def train_one(options: list[str], own: list[str], folder: str) -> dict:
     tuner.attach(session.model)
     try:
         train.train(session.model, tuner, session.examples, args, meta)
-    except Diverged as e:  # a rate can be too high: what had been saved until then counts, if anything had
-        print(e)
+    except Diverged:  # a rate can be too high: what had been saved until then counts, if anything had
+        pass
     finally:
         tuner.detach()
-    val = load_checkpoint(files.best)["val"] if os.path.exists(files.best) else 1e9
+    val = load_checkpoint(files.best)["val"] if os.path.exists(files.best) else DIVERGED
     log = files.read_log()
     result = {
         "options": [*options, *own], "val": val, "curve": [[row["step"], row["val"]] for row in log],
@@ -191,9 +193,9 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
     that has nothing to do with the task.  A method that reads the instruction is scored again with another row's
     instruction (TEST/swapped) and with the mean of what it writes (TEST/mean).
     """
-    path, how = os.path.join(folder, "scores.npz"), os.path.join(folder, "scored.json")
-    if os.path.exists(path) and os.path.exists(how):
-        same_run(how, [*options, *own])
+    path, options_file = os.path.join(folder, "scores.npz"), os.path.join(folder, "scored.json")
+    if os.path.exists(path) and os.path.exists(options_file):
+        same_run(options_file, [*options, *own])
         return path
     arrays = {}
     with tuned(options, own, folder) as (session, tuner):
@@ -217,7 +219,7 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
     os.makedirs(folder, exist_ok=True)
     with replacing(path, "wb") as f:
         np.savez_compressed(f, **arrays)
-    write_json(how, {"options": [*options, *own]})
+    write_json(options_file, {"options": [*options, *own]})
     return path
 
 
@@ -353,11 +355,12 @@ class Comparison:
                         for future in as_completed(futures):
                             rows.append(future.result())
                             self.save(rows, frozen)
+                        if self.frozen_texts is not None:
+                            rows.append({"method": "frozen", "texts": [self.frozen_texts.result()]})
+                            self.save(rows, frozen)
                     except BaseException:  # Ctrl-C has reached the runs, too: they save, and no other begins
                         pool.shutdown(wait=False, cancel_futures=True)
                         raise
-        if self.frozen_texts is not None:
-            rows.append({"method": "frozen", "texts": [self.frozen_texts.result()]})
         return rows
 
     def save(self, rows: list[dict], frozen: Future | None):
@@ -368,7 +371,7 @@ class Comparison:
         if frozen is not None:
             arrays = {f"frozen/0/{key}": x for key, x in np.load(frozen.result()).items()}
             for row in rows:
-                for seed, path in enumerate(row["scores"]):
+                for seed, path in enumerate(row.get("scores", [])):
                     arrays |= {f"{row['method']}/{seed}/{key}": x for key, x in np.load(path).items()}
             with replacing(os.path.join(self.args.out, "scores.npz"), "wb") as f:
                 np.savez_compressed(f, **arrays)
@@ -383,7 +386,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--seeds", type=at_least(1), default=3, help="runs at the chosen rate")
     add("--rates", type=float, nargs="+", default=list(RATES), help="multiples of a method's own learning rate to try")
     add("--budget", type=at_least(1), help="trained parameters (default: the table's)")
-    add("--reference", default="iapt", help="the method that differences are taken to")
+    add("--reference", help="the method that differences are taken to (default: iapt, or the first)")
     add("--validate-only", action="store_true", help="choose rates; score no test row")
     add("--jobs", type=at_least(1), default=1, help="runs side by side")
     add("--out", help="folder of the results (default: out/compare/TABLE)")
@@ -393,11 +396,14 @@ def parse(argv: list[str] | None = None) -> Namespace:
     for name in args.methods:
         if name not in ROWS:
             parser.error(f"no method {name!r}. There are: {', '.join(ROWS)}")
+    args.reference = args.reference or ("iapt" if "iapt" in args.methods else args.methods[0])
+    if args.reference not in args.methods:
+        parser.error(f"--reference {args.reference} is none of --methods {','.join(args.methods)}")
     if not all(0 < rate < 1e6 for rate in args.rates):
         parser.error(f"--rates must be above 0, got {args.rates}")
-    given, plain = train.parse([*args.rest, "--out", args.out]), train.parse(["--out", args.out])
+    passed_on, defaults = train.parse([*args.rest, "--out", args.out]), train.parse(["--out", args.out])
     for own in ("method", "o", "seed", "lr", "resume", "force"):
-        if getattr(given, own) != getattr(plain, own):
+        if getattr(passed_on, own) != getattr(defaults, own):
             parser.error(f"-{'-' * (own != 'o')}{own} is set run by run")
     return args
 
@@ -405,6 +411,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
 def main(argv: list[str] | None = None):
     METHODS.update(ABLATIONS)  # here, and in the processes that do the work
     args = parse(argv)
+    if TABLES[args.table].texts and not args.validate_only:
+        import_metrics()  # before any work, and not after hours of it
     os.makedirs(args.out, exist_ok=True)
     comparison = Comparison(args)
     rows = comparison.run()

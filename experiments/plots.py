@@ -294,7 +294,7 @@ def plot_curves(args: Namespace, path: str):
     save(figure, path)
 
 
-# -- What reading is worth, by the number of tasks -----------------------------------------------------------------
+# -- What reading is worth, by the number of tasks ---------------------------------------------------------------------
 
 
 def plot_tasks(args: Namespace, path: str):
@@ -302,32 +302,34 @@ def plot_tasks(args: Namespace, path: str):
     plt = pyplot()
     cells = read_json(args.runs[0])
     try:
-        models = list(dict.fromkeys(cell["model"] for cell in cells))
         steps = min(cell["steps"] for cell in cells)
+        models = list(dict.fromkeys(cell["model"] for cell in cells))
+        longest = {c["model"]: c for c in sorted(cells, key=lambda c: c["steps"]) if c["tasks"] == 64}
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{args.runs[0]} is not a tasks.json of experiments.tasks") from None
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3), sharey=True)
-    for model in models:
-        own = sorted((c for c in cells if c["model"] == model and c["steps"] == steps), key=lambda c: c["tasks"])
-        mean, low, high = zip(*(cell["constants minus iapt"] for cell in own))
-        around = [[m - x for m, x in zip(mean, low)], [x - m for m, x in zip(mean, high)]]
-        left.errorbar([c["tasks"] for c in own], mean, around, marker="o", capsize=3, label=f"a model {model}")
-        longest = max((c for c in cells if c["model"] == model and c["tasks"] == 64), key=lambda c: c["steps"])
-        iapt, constants = (mean_curve(longest["validation"][name]) for name in ("iapt", "constants"))
-        right.plot(list(iapt), [constants[step] - iapt[step] for step in iapt], marker="o")
+    for model, color in zip(models, COLORS):
+        own = sorted((c for c in cells if (c["model"], c["steps"]) == (model, steps)), key=lambda c: c["tasks"])
+        for c in own:
+            mean, low, high = c["constants minus iapt"]
+            left.errorbar(c["tasks"], mean, [[mean - low], [high - mean]], marker="o", capsize=3, color=color)
+        left.plot([c["tasks"] for c in own], [c["constants minus iapt"][0] for c in own], color=color, label=model)
+        if model in longest:
+            iapt, constants = (mean_curve(longest[model]["validation"][name]) for name in ("iapt", "constants"))
+            right.plot(list(iapt), [constants[step] - iapt[step] for step in iapt], marker="o", color=color)
     for axis in (left, right):
         axis.axhline(0, color=GREY, linewidth=0.8)
-    left.set(xscale="log", xticks=[4, 16, 64], xlabel=f"tasks, {steps} steps", ylabel="constants minus IAPT (nats)")
+    left.set(xscale="log", xlabel=f"tasks ({steps} steps, test rows)", ylabel="constants minus IAPT (nats)")
     left.set_xticks([4, 16, 64], ["4", "16", "64"])
     left.minorticks_off()
-    left.legend(loc="upper left")
-    right.set(xlabel="steps, 64 tasks, validation rows")
+    left.legend(title="a model", loc="upper left")
+    right.set(xlabel="steps (64 tasks, validation rows)")
     save(figure, path)
 
 
 def mean_curve(curves: list[list[list[float]]]) -> dict[int, float]:
-    """{step: loss}, the mean over curves of [step, loss]."""
-    return {step: sum(curve[i][1] for curve in curves) / len(curves) for i, (step, _) in enumerate(curves[0])}
+    """{step: loss}, the mean over curves of [step, loss], as far as all of them go."""
+    return {points[0][0]: sum(loss for _, loss in points) / len(points) for points in zip(*curves)}
 
 
 # -- The cost of serving -----------------------------------------------------------------------------------------------

@@ -1,16 +1,17 @@
 """When does reading the instruction pay?  IAPT beside constants of its size, on more and more tasks, for two models.
 
-    python -m experiments.tasks --jobs 2                     # all of it, 84 runs of a minute; interrupted, it continues
+    python -m experiments.tasks --jobs 2                     # all of it, some 90 runs of a minute; it can be continued
     python -m experiments.tasks --tasks 64 --steps 3200      # one number of tasks, longer
-    python -m experiments.plots tasks out/tasks              # the picture
+    python -m experiments.plots tasks out/tasks/tasks.json   # the picture
 
 A task is a question (a capital, a word in Spanish, the reverse of a list, ...) in a mood, which changes the answer:
 
     "be polite : what is the capital of peru ?"  ->  "please lima"
 
-4, 16 and 64 tasks are 2 x 2, 4 x 4 and 8 x 8 questions and moods.  All have the same number of rows and steps.  The two
-frozen models are the shipped one, which has never seen an answer ("never tuned"), and the same after full fine-tuning
-on 64 other tasks, of other questions and other moods ("tuned on other tasks").
+4, 16 and 64 tasks are 2 x 2, 4 x 4 and 8 x 8 questions and moods, the smaller sets part of the larger.  All have 6,400
+rows and the same steps, so with fewer tasks each is seen more often.  Test rows ask about the same facts in other
+words, or about other lists.  The two frozen models are the shipped one, which has never seen an answer ("never tuned"), and
+the same after full fine-tuning on 64 other tasks, of other questions and other moods ("tuned on other tasks").
 """
 
 import os
@@ -18,6 +19,8 @@ import random
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
+
+import numpy as np
 
 import train
 from data import TINY, open_data
@@ -109,12 +112,17 @@ def measured(folder: str) -> dict:
     rows = read_json(os.path.join(folder, "compare.json"))["rows"]
     scores = Scores(os.path.join(folder, "scores.npz"))
     iapt, constants, tokens = scores.get("iapt", "test"), scores.get("constants", "test"), scores.tokens("test")
+    shared = np.isin(
+        scores.families("test"), [f"{question} {mood}" for question in QUESTIONS[:2] for mood in [*MOODS][:2]]
+    )
+    on_shared = [[nats[shared] for nats in runs] for runs in (constants, iapt)]
     return {
         "trained": {row["method"]: row["trainable"] for row in rows},
         "lr": {row["method"]: row["lr"] for row in rows},
         "nats": {name: scores.nats(name, "test") for name in ("frozen", "iapt", "constants")},
         "exact": {name: scores.exact(name, "test") for name in ("frozen", "iapt", "constants")},
         "constants minus iapt": difference(constants, iapt, tokens),
+        "the same on the four tasks that all have": difference(*on_shared, tokens[shared]),
         "another instruction": difference(scores.get("iapt", "test", "swapped"), iapt, tokens, same_runs=True),
         "validation": {row["method"]: row["curves"] for row in rows},  # [step, loss] of each seed
     }
@@ -122,12 +130,14 @@ def measured(folder: str) -> dict:
 
 def table(cells: list[dict]) -> Iterator[str]:
     """The cells as a table in Markdown: nats per token (rows answered exactly), differences with 95 % intervals."""
-    yield "| a model | tasks | steps | frozen | constants | IAPT | constants minus IAPT | IAPT, another instruction |"
-    yield "|---|---|---|---|---|---|---|---|"
+    differences = "constants minus iapt", "the same on the four tasks that all have", "another instruction"
+    yield "| a model | tasks | steps | frozen | constants | IAPT | " + " | ".join(differences) + " |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for cell in sorted(cells, key=lambda cell: (cell["model"], cell["steps"], cell["tasks"])):
         scores = [f"{cell['nats'][x]:.3f} ({cell['exact'][x]:.1f} %)" for x in ("frozen", "constants", "iapt")]
-        scores += [interval(*cell[what]) for what in ("constants minus iapt", "another instruction")]
+        scores += [interval(*cell[what]) for what in differences]
         yield f"| {cell['model']} | {cell['tasks']} | {cell['steps']:,} | {' | '.join(scores)} |"
+    yield "\nAnother instruction: what IAPT loses if it reads another row's, which may be of the same task."
 
 
 def parse(argv: list[str] | None = None) -> Namespace:

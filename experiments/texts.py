@@ -30,20 +30,26 @@ def write_answers(session: Session, rows: list[dict], tuner: Tuner | None, size:
     return texts
 
 
+def import_metrics() -> tuple:
+    """The packages that compute BLEU and ROUGE-L.  Raises ModuleNotFoundError, which says how to get them."""
+    try:
+        import sacrebleu
+        from rouge_score import rouge_scorer
+    except ImportError as e:
+        raise ModuleNotFoundError(f"BLEU and ROUGE-L need {e.name}: pip install sacrebleu rouge-score") from None
+    return sacrebleu, rouge_scorer
+
+
 def bleu_and_rouge(texts: list[str], references: list[list[str]]) -> dict[str, float]:
     """BLEU and ROUGE-L, 0 to 100, each text against all its references.
 
     BLEU is that of the E2E challenge: mteval's 13a tokens, lower case, several references.  ROUGE-L is the mean over
     texts of the best F1 among the references (the challenge's own script gives more weight to recall).
     """
-    try:
-        import sacrebleu
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as e:
-        raise ModuleNotFoundError(f"BLEU and ROUGE-L need {e.name}: pip install sacrebleu rouge-score") from None
-    most = max(map(len, references))
-    columns = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
-    scorer = RougeScorer(["rougeL"])
+    sacrebleu, rouge_scorer = import_metrics()
+    longest = max(map(len, references))
+    columns = [[refs[i] if i < len(refs) else None for refs in references] for i in range(longest)]
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
     rouge = [scorer.score_multi(refs, text)["rougeL"].fmeasure for text, refs in zip(texts, references)]
     bleu = sacrebleu.corpus_bleu(texts, columns, lowercase=True, tokenize="13a").score
     return {"BLEU": bleu, "ROUGE-L": 100 * statistics.mean(rouge)}

@@ -83,14 +83,14 @@ def name_pairs(config: Config) -> Iterator[tuple[str, list[str], bool]]:
 
 
 class SkipInit(TorchFunctionMode):
-    """No random start: without memory there is nothing to draw, and to find that out, PyTorch imports its compiler."""
+    """Skips torch.nn.init: on the meta device nothing is filled, and PyTorch would import its compiler to find out."""
 
     def __torch_function__(
         self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == nn.init.__name__:
-            return kwargs.get("tensor", *args[:1])
+            return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
 

@@ -1,6 +1,7 @@
 """The comparison of methods: equal sizes, what chooses a rate, what is saved, differences, controls."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -149,6 +150,16 @@ def test_the_interval_knows_that_seeds_differ():
     assert difference(a, [x - 1 for x in a], tokens, same_runs=True) == pytest.approx((1, 1, 1))
 
 
+def test_an_interval_over_tasks_is_wider_where_tasks_differ():
+    """One of ten tasks carries the whole difference: rows show it without doubt, other tasks might not."""
+    tokens, tasks = np.ones(1000), np.repeat(np.arange(10), 100)
+    a, b = [np.where(tasks < 1, 1.0, 0.0)] * 3, [np.zeros(1000)] * 3
+    mean, low, high = difference(a, b, tokens)
+    assert mean == pytest.approx(0.1) and low > 0.07
+    mean, low, high = difference(a, b, tokens, groups=tasks)
+    assert mean == pytest.approx(0.1) and low == 0 and high > 0.2
+
+
 def test_scores_are_means_over_seeds_rows_and_families(tmp_path):
     arrays = {}
     for name, shift in (("frozen", 1.0), ("a", 0.0)):
@@ -257,12 +268,29 @@ def test_the_table_says_who_is_better_on_the_same_rows(tmp_path):
         (["-oP=2"], "-o is set run by run"),
         (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
         (["--rates", "0"], "--rates must be above 0"),
+        (["--reference", "lora"], "--reference lora is none of --methods"),
     ],
 )
 def test_a_wrong_option_is_named(argv, says, capsys):
     with pytest.raises(SystemExit) as e:
         compare.main(["tiny", *argv])
     assert e.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_without_the_packages_of_the_metrics_nothing_begins(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    monkeypatch.setattr(compare.Comparison, "__init__", None)
+    with pytest.raises(ModuleNotFoundError, match="need sacrebleu: pip install sacrebleu rouge-score"):
+        compare.main(["e2e", "--out", str(tmp_path / "x")])
+    assert not os.path.exists(tmp_path / "x")
+
+
+def test_the_search_goes_on_while_the_best_rate_is_at_the_edge(tmp_path):
+    args = compare.parse(["tiny", "--methods", "capt", "--seeds", "1", "--validate-only", "--out", str(tmp_path)])
+    own = METHODS["capt"].lr
+    for best, tried in ((8 * own, (0.25, 0.5, 1, 2, 4, 8, 16)), (own / 8, (0.0625, 0.125, 0.25, 0.5, 1, 2))):
+        row = Comparison(args).measure("capt", Jobs(best), None)
+        assert row["lr"] == best and sorted(row["search"]) == [own * x for x in tried]
 
 
 @pytest.mark.slow
@@ -296,9 +324,32 @@ def test_tasks_have_only_words_that_the_shipped_model_knows(tmp_path):
             assert set(pieces([f"Instruction: {row['instruction']} {row['output']}"])) <= words, row
 
 
+DIFFERENCES = "constants minus iapt", "the same on the four tasks that all have", "another instruction"
+CELL = {
+    **dict.fromkeys(DIFFERENCES, [0.1, 0.05, 0.2]),
+    **{key: dict.fromkeys(("frozen", "iapt", "constants"), 1.0) for key in ("nats", "exact")},
+}
+
+
 def test_the_table_of_tasks_has_a_line_for_each_cell():
-    cell = {"model": "never tuned", "tasks": 4, "steps": 800, "constants minus iapt": [0.1, 0.05, 0.2]}
-    cell |= {"another instruction": [2, 1, 3], "nats": dict.fromkeys(("frozen", "iapt", "constants"), 1.0)}
-    cell["exact"] = cell["nats"]
-    *_, line = tasks.table([cell])
-    assert line.startswith("| never tuned | 4 | 800 | 1.000 (1.0 %) |") and "+0.100 (+0.050 to +0.200)" in line
+    _, _, line, _ = tasks.table([{"model": "never tuned", "tasks": 4, "steps": 800, **CELL}])
+    assert line.startswith("| never tuned | 4 | 800 | 1.000 (1.0 %) |") and line.count("+0.100 (+0.050 to +0.200)") == 3
+
+
+def test_a_number_of_tasks_measured_again_takes_the_old_cell_s_place(tmp_path, monkeypatch):
+    out, cells = str(tmp_path), iter(range(9))
+    monkeypatch.setattr(tasks, "tuned_on_other_tasks", lambda folder: "tuned")
+    monkeypatch.setattr(tasks.compare, "main", lambda argv: None)
+    monkeypatch.setattr(tasks, "measured", lambda folder: {**CELL, "trained": next(cells)})
+    tasks.main(["--tasks", "4", "16", "--out", out])
+    tasks.main(["--tasks", "4", "--seeds", "3", "--out", out])
+    saved = read_json(os.path.join(out, "tasks.json"))
+    assert [(c["tasks"], c["seeds"], c["trained"]) for c in saved] == [(16, 5, 2), (16, 5, 3), (4, 3, 4), (4, 3, 5)]
+
+
+def test_rows_of_another_version_are_not_mixed_with_finished_runs(tmp_path):
+    path = str(tmp_path / "x" / "train.jsonl")
+    tasks.write_or_compare(path, [{"instruction": "a", "input": "", "output": "b"}])
+    tasks.write_or_compare(path, [{"instruction": "a", "input": "", "output": "b"}])
+    with pytest.raises(ValueError, match="was made by another version of experiments.tasks: --out names another"):
+        tasks.write_or_compare(path, [{"instruction": "a", "input": "", "output": "c"}])
