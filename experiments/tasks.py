@@ -10,8 +10,10 @@ A task is a question (a capital, a word in Spanish, the reverse of a list, ...) 
 
 4, 16 and 64 tasks are 2 x 2, 4 x 4 and 8 x 8 questions and moods, the smaller sets part of the larger.  All have 6,400
 rows and the same steps, so with fewer tasks each is seen more often.  Test rows ask about the same facts in other
-words, or about other lists.  The two frozen models are the shipped one, which has never seen an answer ("never tuned"), and
-the same after full fine-tuning on 64 other tasks, of other questions and other moods ("tuned on other tasks").
+words, or about other lists.
+
+The two frozen models are the shipped one, which has never seen an answer ("never tuned"), and the same after full
+fine-tuning on 64 other tasks, of other questions and other moods ("tuned on other tasks").
 """
 
 import os
