@@ -55,7 +55,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--out", help="folder of the run (default: out/METHOD)")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--force", action="store_true", help="start again over the run in --out")
-    add("--steps", type=at_least(1), default=1500, help="training steps")
+    add("--steps", type=at_least(1), default=1000, help="training steps")
     add("--batch-size", type=at_least(1), default=32, help="rows a step")
     add("--lr", type=at_least(0.0), help="peak learning rate (default: the method's own)")
     add("--weight-decay", type=at_least(0.0), default=0.0, help="of AdamW")
