@@ -419,7 +419,7 @@ def test_an_over_long_question_is_one_line(trained):
         (2, train, ["-o", "p=4"], "iapt has no option 'p'. It has: P=4, m=0, repeat=3, activation=rational"),
         (2, train, ["-o", "P=0"], "iapt's option P must be from 1 to "),
         (2, train, ["-o", "activation=tan"], "option activation can be rational, gelu, relu, identity; got 'tan'"),
-        (2, train, ["--method", "lora", "-o", "on=q,w"], "lora's option on takes some of q,k,v,o,gate,up,down, "),
+        (2, train, ["--method", "lora", "-o", "on=q,w"], "the option on takes some of q,k,v,o,gate,up,down, "),
         (1, train, ["--init", "nowhere"], "no model at nowhere"),
         (1, train, ["--data", "nowhere"], "no data at nowhere"),
         (1, train, ["--init", os.path.join(ROOT, "tests")], "no " + os.path.join(ROOT, "tests", "config.json")),
