@@ -141,9 +141,8 @@ def sample_token(
     if temperature == 0:
         return logits.argmax(-1)
     logits, order = logits.float().sort(-1, descending=True)
-    probs = ((logits - logits[:, :1]) / max(temperature, 1e-20)).softmax(
-        -1
-    )  # the largest is 0: no temperature overflows it
+    logits = logits - logits[:, :1]  # the largest is 0, which no temperature overflows
+    probs = (logits / max(temperature, 1e-20)).softmax(-1)
     drop = probs.cumsum(-1) - probs >= top_p  # the mass before a token, so that the first always stays
     if top_k:
         drop[:, top_k:] = True
