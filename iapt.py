@@ -1,7 +1,8 @@
 """IAPT, instruction-aware prompt tuning (arXiv 2405.18203).
 
-The language model is frozen.  At every layer a small generator reads the hidden states of the instruction and writes P
-soft tokens, to which everything after it can attend.  Only the generators and learned constants are trained.
+The language model is frozen.  At every layer a small generator reads the hidden states of the instruction (the whole
+prompt) and writes P soft tokens.  All tokens attend to them, the instruction's own, too.  Only the generators and some
+learned constants are trained.
 
     Z = H W_down           (T, m)   H (T, C): the instruction's hidden states at this layer; m is much smaller than C
     A = softmax(Z W_sa)    (T, P)   over the T positions: how much soft token p reads of each word
@@ -9,7 +10,7 @@ soft tokens, to which everything after it can attend.  Only the generators and l
     S = R(Q) W_up          (P, C)   R: a learned rational function
 
 This happens once, when the prompt is read.  After that the soft tokens are entries of the KV cache.  Below are the
-activation R; the method as the paper describes it, so far as we know (`PaperIAPT`); and as we train it (`IAPT`).
+activation R; the method as the paper describes it, so far as is known (`PaperIAPT`); and the default form (`IAPT`).
 
     python train.py -o P=8 m=32              # IAPT; any argument of IAPT.__init__ is an option
     python train.py --method paper-iapt      # as in the paper
@@ -124,7 +125,7 @@ class Generator(nn.Module):
         return F.linear(x, self.down.weight.to(x.dtype)).float()
 
     def read(self, x: Tensor, instr: Tensor) -> tuple[Tensor, Tensor]:
-        """Z (B, T, m), and A^T (B, P, T): how much each soft token reads of each word."""
+        """Z (B, T, m), and A^T (B, P, T): the weight of each token of the prompt for each row of Q."""
         z = self.project(x)
         return z, softmax_over(instr, z @ self.w_sa)
 
@@ -194,7 +195,7 @@ class IAPT(Tuner):
     """P generated values per layer, each added to `repeat` learned values with keys of their own: repeat P soft tokens.
 
     C m parameters shared by all layers, and in each layer m P + 12 + m G D + 2 repeat P G D.  m = 0 stands for C / 16.
-    `Decoder.hidden` calls `kv` once for each layer, when a prompt is read.
+    `Decoder.hidden` calls `soft`, and that calls `kv`, once for each layer, when a prompt is read.
     """
 
     separate = True

@@ -388,7 +388,7 @@ class Decoder(nn.Module):
 
     def hidden(self, idx: Tensor, instr: Tensor | None = None, tuner: Tuner | None = None,
                cache: Cache | None = None) -> Tensor:  # fmt: skip
-        """The last hidden states (B, T, C) of right-padded tokens idx (B, T); instr (B, T): True on the instruction."""
+        """The last hidden states (B, T, C) of right-padded tokens idx (B, T); instr (B, T): True on the prompt."""
         T, limit = idx.shape[1], self.config.block_size
         if T > limit:
             raise ValueError(f"this model wants at most {limit} tokens, got {T} (--block-size, or shorten the prompt)")

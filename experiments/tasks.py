@@ -1,7 +1,7 @@
 """When does reading the instruction pay?  IAPT beside constants of its size, on more and more tasks, for two models.
 
     python -m experiments.tasks --jobs 2                     # all of it, some 90 runs of a minute; it can be continued
-    python -m experiments.tasks --tasks 64 --steps 3200      # one number of tasks, longer
+    python -m experiments.tasks --jobs 2 --tasks 64 --steps 2400 --seeds 3 --rates 2     # longer, at the best rates
     python -m experiments.plots tasks out/tasks/tasks.json   # the picture
 
 A task is a question (a capital, a word in Spanish, the reverse of a list, ...) in a mood, which changes the answer:
@@ -109,37 +109,45 @@ def tuned_on_other_tasks(folder: str) -> str:
     return model_folder
 
 
+PARTS = ("constants minus iapt", "facts", "lists", "the 4 tasks in all", "another instruction")
+
+
 def measured(folder: str) -> dict:
-    """What a finished comparison says: the loss of both methods, and what reading the instruction is worth."""
+    """What a finished comparison says: the loss of both methods, and what reading the instruction is worth.
+
+    PARTS are differences of loss: all test rows; those about facts; about lists of words; of the four tasks that all
+    numbers of tasks have; and what IAPT loses if it reads another row's instruction, which may be of the same task.
+    """
     rows = read_json(os.path.join(folder, "compare.json"))["rows"]
     scores = Scores(os.path.join(folder, "scores.npz"))
     iapt, constants, tokens = scores.get("iapt", "test"), scores.get("constants", "test"), scores.tokens("test")
-    shared = np.isin(
-        scores.families("test"), [f"{question} {mood}" for question in QUESTIONS[:2] for mood in [*MOODS][:2]]
-    )
-    on_shared = [[nats[shared] for nats in runs] for runs in (constants, iapt)]
+    question, mood = np.array([task.split() for task in scores.families("test")]).T
+    facts = np.isin(question, list(FACTS))
+    in_all = np.isin(question, QUESTIONS[:2]) & np.isin(mood, [*MOODS][:2])
+
+    def constants_minus_iapt(where):
+        return difference([nats[where] for nats in constants], [nats[where] for nats in iapt], tokens[where])
+
+    parts = [constants_minus_iapt(where) for where in (tokens > 0, facts, ~facts, in_all)]
+    parts.append(difference(scores.get("iapt", "test", "swapped"), iapt, tokens, same_runs=True))
     return {
         "trained": {row["method"]: row["trainable"] for row in rows},
         "lr": {row["method"]: row["lr"] for row in rows},
         "nats": {name: scores.nats(name, "test") for name in ("frozen", "iapt", "constants")},
         "exact": {name: scores.exact(name, "test") for name in ("frozen", "iapt", "constants")},
-        "constants minus iapt": difference(constants, iapt, tokens),
-        "the same on the four tasks that all have": difference(*on_shared, tokens[shared]),
-        "another instruction": difference(scores.get("iapt", "test", "swapped"), iapt, tokens, same_runs=True),
+        **dict(zip(PARTS, parts)),
         "validation": {row["method"]: row["curves"] for row in rows},  # [step, loss] of each seed
     }
 
 
 def table(cells: list[dict]) -> Iterator[str]:
-    """The cells as a table in Markdown: nats per token (rows answered exactly), differences with 95 % intervals."""
-    differences = "constants minus iapt", "the same on the four tasks that all have", "another instruction"
-    yield "| a model | tasks | steps | frozen | constants | IAPT | " + " | ".join(differences) + " |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    """The cells as a table in Markdown: nats per token (rows answered exactly), PARTS with 95 % intervals."""
+    yield "| a model | tasks | steps | constants | IAPT | " + " | ".join(PARTS) + " |"
+    yield "|---|---|---|---|---|" + "---|" * len(PARTS)
     for cell in sorted(cells, key=lambda cell: (cell["model"], cell["steps"], cell["tasks"])):
-        scores = [f"{cell['nats'][x]:.3f} ({cell['exact'][x]:.1f} %)" for x in ("frozen", "constants", "iapt")]
-        scores += [interval(*cell[what]) for what in differences]
+        scores = [f"{cell['nats'][x]:.3f} ({cell['exact'][x]:.1f} %)" for x in ("constants", "iapt")]
+        scores += [interval(*cell[part]) for part in PARTS]
         yield f"| {cell['model']} | {cell['tasks']} | {cell['steps']:,} | {' | '.join(scores)} |"
-    yield "\nAnother instruction: what IAPT loses if it reads another row's, which may be of the same task."
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
@@ -148,6 +156,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--tasks", type=int, nargs="+", default=[4, 16, 64], choices=[4, 16, 64], help="numbers of tasks")
     add("--steps", type=at_least(1), default=800, help="training steps of a run")
     add("--seeds", type=at_least(1), default=5, help="runs at the chosen rate")
+    add("--rates", nargs="+", default=["0.5", "1", "2"], help="multiples of a method's own learning rate to try")
     add("--jobs", type=at_least(1), default=1, help="runs side by side")
     add("--out", default=os.path.join("out", "tasks"), help="folder of the results")
     return parser.parse_args(argv)
@@ -165,7 +174,7 @@ def main(argv: list[str] | None = None):
             folder = os.path.join(args.out, f"{os.path.basename(init)}-{tasks}-tasks-{args.steps}-steps")
             print(f"\n{tasks} tasks, {args.steps} steps, a model {model}:\n")
             compare.main([
-                "tiny", "--methods", "iapt,constants", "--rates", "0.5", "1", "2", "--init", init, "--data", data,
+                "tiny", "--methods", "iapt,constants", "--rates", *args.rates, "--init", init, "--data", data,
                 "--steps", str(args.steps), "--seeds", str(args.seeds), "--jobs", str(args.jobs), "--out", folder,
             ])  # fmt: skip
             where = {"model": model, "tasks": tasks, "steps": args.steps}

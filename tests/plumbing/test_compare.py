@@ -324,16 +324,32 @@ def test_tasks_have_only_words_that_the_shipped_model_knows(tmp_path):
             assert set(pieces([f"Instruction: {row['instruction']} {row['output']}"])) <= words, row
 
 
-DIFFERENCES = "constants minus iapt", "the same on the four tasks that all have", "another instruction"
 CELL = {
-    **dict.fromkeys(DIFFERENCES, [0.1, 0.05, 0.2]),
+    **dict.fromkeys(tasks.PARTS, [0.1, 0.05, 0.2]),
     **{key: dict.fromkeys(("frozen", "iapt", "constants"), 1.0) for key in ("nats", "exact")},
 }
 
 
+def test_a_cell_says_on_which_rows_reading_pays(tmp_path):
+    """Constants lose a nat a token on lists alone; another instruction costs two everywhere."""
+    names = np.array(["capital short", "reverse short", "spanish slow", "last polite"] * 10)
+    lists, arrays = np.isin(names, ["reverse short", "last polite"]), {}
+    for name, nats in (("frozen", 9.0), ("iapt", 1.0), ("constants", 1.0 + lists)):
+        arrays[f"{name}/0/test/nats"] = nats * np.ones(40)
+        arrays[f"{name}/0/test/wrong"], arrays[f"{name}/0/test/tokens"] = np.zeros(40), np.ones(40)
+        arrays[f"{name}/0/test/family"] = names
+    arrays["iapt/0/test/swapped"] = np.full(40, 3.0)
+    np.savez(tmp_path / "scores.npz", **arrays)
+    rows = [{"method": name, "trainable": 5, "lr": 0.1, "curves": []} for name in ("iapt", "constants")]
+    write_json(str(tmp_path / "compare.json"), {"rows": rows})
+    cell = tasks.measured(str(tmp_path))
+    means = {part: cell[part][0] for part in tasks.PARTS}
+    assert means == pytest.approx(dict(zip(tasks.PARTS, (0.5, 0.0, 1.0, 0.5, 2.0))))
+
+
 def test_the_table_of_tasks_has_a_line_for_each_cell():
-    _, _, line, _ = tasks.table([{"model": "never tuned", "tasks": 4, "steps": 800, **CELL}])
-    assert line.startswith("| never tuned | 4 | 800 | 1.000 (1.0 %) |") and line.count("+0.100 (+0.050 to +0.200)") == 3
+    _, _, line = tasks.table([{"model": "never tuned", "tasks": 4, "steps": 800, **CELL}])
+    assert line.startswith("| never tuned | 4 | 800 | 1.000 (1.0 %) |") and line.count("+0.100 (+0.050 to +0.200)") == 5
 
 
 def test_a_number_of_tasks_measured_again_takes_the_old_cell_s_place(tmp_path, monkeypatch):

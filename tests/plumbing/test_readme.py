@@ -57,6 +57,12 @@ def block(beginning):
     return code
 
 
+def class_and_entry(name):
+    """The README's class of a method, and its entry in METHODS."""
+    code, entry = block(f"class {name}").split("METHODS[")
+    return code.rstrip("# \n") + "\n", f"METHODS[{entry}"
+
+
 def test_the_idea_in_ten_lines_is_what_the_paper_s_form_computes():
     names = {"torch": torch}
     exec(block("def soft_tokens"), names)
@@ -68,13 +74,14 @@ def test_the_idea_in_ten_lines_is_what_the_paper_s_form_computes():
 
 def test_the_example_to_fork_is_the_one_in_baselines():
     names = {"Tuner": Tuner, "nn": nn}
-    exec(block("class Mine"), names)
+    ours, _ = class_and_entry("Mine")
+    exec(ours, names)
 
     def code(text):
         text = re.sub(r'"""[^"]*"""|#.*', "", textwrap.dedent(text))
         return [line.strip() for line in text.splitlines() if line.strip()]
 
-    assert code(block("class Mine")) == code(inspect.getsource(Mine))
+    assert code(ours) == code(inspect.getsource(Mine))
 
 
 @pytest.fixture
@@ -132,8 +139,9 @@ def test_the_lines_for_a_notebook_train_a_method():
 @pytest.mark.slow
 def test_the_walk_through_for_a_new_idea_works_from_the_first_line_on(copy):
     """Our own example is taken out first: one class and one entry bring it back."""
-    edit(os.path.join(copy, "baselines", "prompts.py"), inspect.getsource(Mine), block("class Mine"))
-    edit(os.path.join(copy, "baselines", "__init__.py"), '    "mine": Mine,\n', "", after=block("METHODS["))
+    mine, entry = class_and_entry("Mine")
+    edit(os.path.join(copy, "baselines", "prompts.py"), inspect.getsource(Mine), mine)
+    edit(os.path.join(copy, "baselines", "__init__.py"), '    "mine": Mine,\n', "", after=entry)
     (steps,) = re.findall(r"```sh\n(python train.py --method mine.*?)```", README, re.DOTALL)
     train, test, *_ = steps.splitlines()
     table = shell(f"{train} --device cpu", copy)
@@ -148,8 +156,9 @@ def test_the_walk_through_for_a_new_idea_works_from_the_first_line_on(copy):
 
 @pytest.mark.slow
 def test_the_walk_through_for_a_change_of_iapt_works(copy):
+    gated, entry = class_and_entry("Gated")
     with open(os.path.join(copy, "baselines", "__init__.py"), "a", encoding="utf-8") as f:
-        f.write("\n\nfrom iapt import NormedGenerator  # noqa: E402\n\n\n" + block("class Gated"))
+        f.write(f"\n\nfrom iapt import NormedGenerator  # noqa: E402\n\n\n{gated}\n\n{entry}")
     table = shell("python train.py --method gated --steps 300 --device cpu", copy)
     before, after = re.search(r"^test .*?% +([\d.]+) .*?% +([\d.]+)$", table, re.MULTILINE).groups()
     assert float(after) < float(before) / 8
