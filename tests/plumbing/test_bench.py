@@ -144,6 +144,7 @@ def test_the_model_in_transformers_has_the_same_shape(arch, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_the_compiled_activation_computes_what_the_eager_one_does(dtype, tolerance):
+    torch.manual_seed(0)
     rivals = bench.activations()
     x, g = (torch.randn(64, 32, dtype=dtype) for _ in range(2))
     inputs = [x, *(c.detach() for c in Rational().parameters())]
@@ -152,7 +153,8 @@ def test_the_compiled_activation_computes_what_the_eager_one_does(dtype, toleran
         if name.startswith("rational"):
             computed = bench.gradients(f, g, *inputs)
             for a, b in zip(computed, exact, strict=True):
-                torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+                # A coefficient's gradient is a sum of 2,048 numbers of both signs: errors are measured by the largest.
+                torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
             assert bench.saved_bytes(f, *inputs) >= x.nbytes
     assert bench.saved_bytes(rivals["rational, ours, compiled"], *inputs) == x.nbytes
 
