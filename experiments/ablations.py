@@ -3,14 +3,12 @@
 import contextlib
 
 import torch.nn as nn
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from baselines.hooks import IA3
 from data import Example
 from data.scores import score_examples
 from iapt import IAPT, Generator, linear
-from model import Block, Config, Decoder, Soft, Tuner
+from model import Config, Decoder, Tuner
 
 
 class Joined(IAPT):
@@ -44,58 +42,11 @@ class OwnDown(IAPT):
             generator.down = linear(config.n_embd, m, std=config.n_embd**-0.5)
 
 
-class GeneratedKeys(IAPT):
-    """The generator writes keys, too, which are added to the learned ones."""
-
-    def __init__(self, config: Config, P: int = 4, m: int = 4, repeat: int = 3):
-        super().__init__(config, P, m, repeat)
-        for generator in self.generators:
-            generator.up = linear(m, 2 * generator.up.out_features, std=0.0)
-
-    def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft:
-        k, v = self.generators[l](x, instr).repeat(1, self.repeat, 1).chunk(2, -1)
-        return Soft(block.attn.heads(self.keys[l] + k), block.attn.heads(self.values[l] + v))
-
-
-class OneRate(IAPT):
-    """Generator, constants and coefficients learn at the same rate, four times that of IAPT's generator by default."""
-
-    groups = Tuner.groups
-
-    def __init__(self, config: Config, P: int = 4, m: int = 4, repeat: int = 3):
-        super().__init__(config, P, m, repeat)
-        self.lr *= 4
-
-
-class WithGains(IAPT):
-    """Also a learned gain on each output of q, v and up, the same for every instruction.  Its control is repeat=1."""
-
-    def __init__(self, config: Config, P: int = 4, m: int = 4, repeat: int = 3):
-        super().__init__(config, P, m, repeat)
-        self.ia3 = IA3(config)
-
-    def attach(self, model: Decoder):
-        self.ia3.attach(model)
-
-    def detach(self):
-        self.ia3.detach()
-
-    def groups(self, lr: float) -> list[dict]:
-        weights, constants, coefficients = super().groups(lr)
-        gains = {id(p) for p in self.ia3.parameters()}
-        weights["params"] = [p for p in weights["params"] if id(p) not in gains]
-        constants["params"] += self.ia3.parameters()
-        return [weights, constants, coefficients]
-
-
 ABLATIONS = {
     "joined": Joined,
     "random-start": RandomStart,
     "unscaled": Unscaled,
     "own-down": OwnDown,
-    "generated-keys": GeneratedKeys,
-    "one-rate": OneRate,
-    "with-gains": WithGains,
 }
 
 

@@ -109,10 +109,8 @@ ROWS = {
     "full": Row("full"),
     "repeat-1": Row("iapt", "repeat=1", "m"),
     "gelu": Row("iapt", "activation=gelu", "m"),
-    "identity": Row("iapt", "activation=identity", "m"),
 }
-ROWS["with-gains"] = Row("with-gains", "repeat=1", "m")
-ROWS.update({name: Row(name, "", "m") for name in ABLATIONS if name not in ROWS})
+ROWS.update({name: Row(name, "", "m") for name in ABLATIONS})
 RATES = (0.25, 0.5, 1.0, 2.0)
 
 

@@ -156,7 +156,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--tasks", type=int, nargs="+", default=[4, 16, 64], choices=[4, 16, 64], help="numbers of tasks")
     add("--steps", type=at_least(1), default=800, help="training steps of a run")
     add("--seeds", type=at_least(1), default=5, help="runs at the chosen rate")
-    add("--rates", nargs="+", default=["0.5", "1", "2"], help="multiples of a method's own learning rate to try")
+    add("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="multiples of a method's own rate to try")
     add("--jobs", type=at_least(1), default=1, help="runs side by side")
     add("--out", default=os.path.join("out", "tasks"), help="folder of the results")
     return parser.parse_args(argv)
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None):
             folder = os.path.join(args.out, f"{os.path.basename(init)}-{tasks}-tasks-{args.steps}-steps")
             print(f"\n{tasks} tasks, {args.steps} steps, a model {model}:\n")
             compare.main([
-                "tiny", "--methods", "iapt,constants", "--rates", *args.rates, "--init", init, "--data", data,
+                "tiny", "--methods", "iapt,constants", "--rates", *map(str, args.rates), "--init", init, "--data", data,
                 "--steps", str(args.steps), "--seeds", str(args.seeds), "--jobs", str(args.jobs), "--out", folder,
             ])  # fmt: skip
             where = {"model": model, "tasks": tasks, "steps": args.steps}
