@@ -411,8 +411,8 @@ def main(argv: list[str] | None = None):
     args = parse(argv)
     if TABLES[args.table].texts and not args.validate_only:
         import_metrics()  # before any work, and not after hours of it
-    os.makedirs(args.out, exist_ok=True)
     comparison = Comparison(args)
+    os.makedirs(args.out, exist_ok=True)
     rows = comparison.run()
     if args.validate_only:
         for row in sorted(rows, key=lambda row: row["val"][0]):
