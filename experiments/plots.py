@@ -297,10 +297,17 @@ def plot_curves(args: Namespace, path: str):
 # -- What reading is worth, by the number of tasks ---------------------------------------------------------------------
 
 
+def read_results(path: str, command: str):
+    """The content of a JSON file that `command` writes."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"there is no {path}. Run: {command}")
+    return read_json(path)
+
+
 def plot_tasks(args: Namespace, path: str):
     """The loss of constants minus that of IAPT: against the number of tasks, and at 64 tasks against steps."""
     plt = pyplot()
-    cells = read_json(args.runs[0])
+    cells = read_results(args.runs[0], "python -m experiments.tasks")
     try:
         steps = min(cell["steps"] for cell in cells)
         models = list(dict.fromkeys(cell["model"] for cell in cells))
@@ -340,7 +347,7 @@ COST = "decode, of the frozen model's"  # a column of serve.json: median, lower 
 def read_serve(path: str) -> tuple[str, list[dict]]:
     """The one column that varies in a serve.json (tenants, prompt or new), and its rows."""
     try:
-        rows = [row for row in read_json(path)["rows"] if row[COST]]
+        rows = [row for row in read_results(path, "python -m experiments.bench serve")["rows"] if row[COST]]
         varying = [x for x in ("shape", "tenants", "prompt", "new") if len({row[x] for row in rows}) > 1]
     except (KeyError, TypeError):
         raise ValueError(f"{path} is not a serve.json of experiments.bench") from None

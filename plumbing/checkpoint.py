@@ -36,9 +36,7 @@ def save_tuner(path: str, tuner: Tuner, meta: dict, **more):
     """
     content = io.BytesIO()
     torch.save({"tuner": tuner.state_dict(), "meta": meta, **more}, content)
-    with replacing(
-        path, "wb"
-    ) as f:  # not torch.save(..., path): it would hide the system's reason, such as a full disk
+    with replacing(path, "wb") as f:  # torch.save(..., path) would hide the system's reason, such as a full disk
         f.write(content.getbuffer())
 
 

@@ -15,7 +15,7 @@ from conftest import ROOT, SMALL, run_in, same_run, tensors
 import train
 from data import Batch
 from iapt import IAPT
-from model import Tuner
+from model import Config, Decoder, Tuner
 from plumbing import distributed
 
 ARGV = [*SMALL, "--steps", "20", "--eval-every", "10", "--lr", "1e-3"]
@@ -50,22 +50,35 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(monkeypatch):
 # -- Whole runs --------------------------------------------------------------------------------------------------------
 
 
-def process(rank, size, port, argv):
+def process(work, rank, size, port, *args):
     """What torchrun does to each process; forked, so that PyTorch need not be imported anew."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     distributed.RANK, distributed.WORLD_SIZE = rank, size
-    IAPT.groups = Tuner.groups  # one rate: Adam turns a rounding error near zero into a step of about the rate
+    work(*args)
+
+
+def train_at_one_rate(argv):
+    IAPT.groups = Tuner.groups  # Adam turns a rounding error near zero into a step of about the rate
     train.main(argv)
 
 
-def start(size, argv):
+def count_weights(counts):
+    """How many of the blocks' weights this process holds, before and after they are spread."""
+    device, model = distributed.init("cpu"), Decoder(Config(vocab_size=50, n_layer=2, n_head=4, n_embd=32))
+    before = sum(p.numel() for p in model.h.parameters())
+    distributed.shard(model, device)
+    counts.put((before, sum(p.to_local().numel() for p in model.h.parameters())))
+    distributed.shutdown()
+
+
+def start(size, *args, work=train_at_one_rate):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=process, args=(rank, size, port, argv)) for rank in range(size)]
+    processes = [context.Process(target=process, args=(work, rank, size, port, *args)) for rank in range(size)]
     for p in processes:
         p.start()
     return processes
@@ -105,6 +118,15 @@ def test_several_processes_train_what_one_trains(method, size, options, alone, r
     wanted, trained = alone(method), tensors(out)
     assert wanted.keys() == trained.keys()
     assert max((wanted[name] - trained[name]).abs().max() for name in trained) < 1e-5
+
+
+@pytest.mark.slow
+def test_sharding_leaves_each_process_its_share_of_the_frozen_weights():
+    counts = multiprocessing.get_context("fork").Queue()
+    assert exit_codes(start(2, counts, work=count_weights)) == [0, 0]
+    for _ in range(2):
+        whole, share = counts.get(timeout=5)
+        assert whole / 2 <= share <= 1.01 * whole / 2
 
 
 @pytest.mark.slow

@@ -172,11 +172,13 @@ def test_inside_prints_a_line_for_each_layer(runs):
         (1, ["activations", "nowhere"], "no checkpoint at nowhere"),
         (2, ["inside", "iapt"], "inside prints a table, and takes no --out"),
         (1, ["tasks", os.path.join(ROOT, "data", "tiny", "config.json")], "is not a tasks.json of experiments.tasks"),
+        (1, ["tasks", "nowhere"], "there is no nowhere. Run: python -m experiments.tasks"),
+        (1, ["serve", "nowhere"], "there is no nowhere. Run: python -m experiments.bench serve"),
         (2, ["dance", "iapt"], "invalid choice: 'dance'"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(status, args, message, runs, tmp_path):
-    if args[0] in ("activations", "curves", "tasks"):
+    if args[0] in ("activations", "curves", "tasks", "serve"):
         pytest.importorskip("matplotlib", reason="these plots need matplotlib")
     result, text = run_in(plots, *(runs.get(arg, arg) for arg in args), "--out", str(tmp_path / "x.svg"))
     assert result == status and message in text and text.count("error: ") == 1
