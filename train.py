@@ -31,7 +31,7 @@ from data.template import Template, make_template
 from data.tokenizer import Tokenizer
 from model import Decoder, Tuner
 from plumbing import distributed
-from plumbing.checkpoint import RunFolder, load_checkpoint, load_into, save_tuner
+from plumbing.checkpoint import RunFolder, load_checkpoint, load_into, save_tuner, warm_start
 from plumbing.cli import Parser, SignalGuard, UsageError, add_device_options, at_least, pick_device, run
 from plumbing.files import copy_tokenizer
 from plumbing.hub import find_model
@@ -40,7 +40,7 @@ from sample import answer, open_model
 
 # Options that a checkpoint records, beside what new_tuner adds: with others a run cannot be resumed.
 RUN_KEYS = ("method", "init", "scratch", "data", "template", "seed", "steps", "lr", "batch_size", "weight_decay",
-            "eval_every", "train_rows", "val_rows", "skip_bad", "truncate")  # fmt: skip
+            "eval_every", "train_rows", "val_rows", "skip_bad", "truncate", "warm_start")  # fmt: skip
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
@@ -53,8 +53,10 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--method", default="iapt", help=", ".join(METHODS))
     add("-o", nargs="+", default=[], action="extend", metavar="NAME=VALUE", help="options of the method")
     add("--out", help="folder of the run (default: out/METHOD)")
-    add("--resume", action="store_true", help="continue the run in --out")
-    add("--force", action="store_true", help="start again over the run in --out")
+    add("--warm-start", metavar="RUN", help="start from what another run of the method has trained")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="continue the run in --out")
+    start.add_argument("--force", action="store_true", help="start again over the run in --out")
     add("--steps", type=at_least(1), default=1000, help="training steps")
     add("--batch-size", type=at_least(1), default=32, help="rows a step")
     add("--lr", type=at_least(0.0), help="peak learning rate (default: the method's own)")
@@ -76,8 +78,6 @@ def parse(argv: list[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     args.o = spell_out(args.method, args.o)  # a wrong option is found before anything is opened
     args.out = args.out or os.path.join("out", args.method)
-    if args.resume and args.force:
-        parser.error("--resume continues the run in --out, --force starts it again: give one of them")
     if args.scratch and args.method != "full":
         parser.error(f"--scratch leaves nothing frozen for {args.method} to tune: add --method full")
     if args.batch_size % distributed.WORLD_SIZE:
@@ -157,8 +157,7 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
                     if row["val"] < state["lowest"]:
                         save_tuner(folder.best, tuner, meta, step=step + 1, val=row["val"])
                     folder.append_log(row)
-                state["lowest"] = min(row["val"], state["lowest"])
-                state["losses"] = []
+                state |= {"lowest": min(row["val"], state["lowest"]), "losses": []}
                 save()
                 tokens, clock = 0, time.perf_counter()
             elif args.save_every and (step + 1) % args.save_every == 0:
@@ -239,6 +238,8 @@ def new_tuner(args: Namespace, session: Session) -> tuple[Tuner, dict]:
     meta = {name: getattr(args, name) for name in RUN_KEYS}
     meta |= {"options": args.o, "base": fingerprint(session.model), "dtype": str(weight.dtype)}
     meta |= {"block_size": session.block_size, "rows": rows_fingerprint(session.rows)}
+    if args.warm_start:
+        warm_start(tuner, args.warm_start, meta)
     return tuner, meta
 
 
@@ -254,9 +255,8 @@ def main(argv: list[str] | None = None) -> dict:
     session = open_session(args, device, dtype)
     model, tokenizer, template, rows = session[:4]
     tuner, meta = new_tuner(args, session)
-    if args.shard:  # layer by layer, so that all of it never has to fit on one device
+    if args.shard:
         distributed.shard(model, device)
-        model.to(device)
         tuner.to(device)
     if distributed.RANK == 0:
         folder.lock()

@@ -4,6 +4,7 @@
     python -m experiments.compare p3 --jobs 2             # two runs side by side
     python -m experiments.compare p3 --methods iapt,constants,lora-mlp --seeds 5
     python -m experiments.compare p3 --steps 600          # options of train.py go to every run
+    python -m experiments.compare tiny --data my --warm-start out/compare/tiny     # each from its run in another table
 
 The protocol, the same for every method:
 
@@ -279,6 +280,17 @@ def start_process(threads: int):
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
+def rates_chosen(out: str, methods: list[str]) -> dict[str, float]:
+    """The learning rate of each method in a finished table.  Raises ValueError if one of `methods` is not in it."""
+    path = os.path.join(out, "compare.json")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"--warm-start: there is no {path}. Run the comparison with --out {out} first")
+    rates = {row["method"]: row["lr"] for row in read_json(path)["rows"] if "lr" in row}
+    if missing := [name for name in methods if name not in rates]:
+        raise ValueError(f"--warm-start: {path} has no {missing[0]}. It has: {', '.join(rates)}")
+    return rates
+
+
 # -- All of it ---------------------------------------------------------------------------------------------------------
 
 
@@ -293,15 +305,19 @@ class Comparison:
         self.config = read_config(os.path.join(find_model(model_args.init), "config.json"))
         self.sizes = {name: sized(self.config, name, args.budget or table.budget) for name in args.methods}
         self.frozen_texts = None
+        self.warm_rates = rates_chosen(args.warm_start, args.methods) if args.warm_start else {}
 
-    def folder(self, name: str, rate: float = 0.0, seed: int = 0) -> str:
-        return os.path.join(self.args.out, "runs", f"{name}-lr{rate:.2e}-seed{seed}" if rate else name)
+    def folder(self, name: str, rate: float = 0.0, seed: int = 0, out: str | None = None) -> str:
+        return os.path.join(out or self.args.out, "runs", f"{name}-lr{rate:.2e}-seed{seed}" if rate else name)
 
     def own(self, name: str, rate: float, seed: int) -> list[str]:
         """A run's options, all of them spelled out, so that no run from before a default changed stands for it."""
         method = ROWS[name].method
+        own = ["--method", method, "--seed", str(seed), "--lr", repr(rate)]
+        if self.args.warm_start:
+            own += ["--warm-start", self.folder(name, self.warm_rates[name], seed, self.args.warm_start)]
         options = spell_out(method, self.sizes[name][0])
-        return ["--method", method, "--seed", str(seed), "--lr", repr(rate), *(["-o", *options] if options else [])]
+        return own + (["-o", *options] if options else [])
 
     def measure(self, name: str, pool: ProcessPoolExecutor, bar: tqdm) -> dict:
         """A method's rate, runs and scores."""
@@ -385,6 +401,11 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--rates", type=float, nargs="+", default=list(RATES), help="multiples of a method's own learning rate to try")
     add("--budget", type=at_least(1), help="trained parameters (default: the table's)")
     add("--reference", help="the method that differences are taken to (default: iapt, or the first)")
+    add(
+        "--warm-start",
+        metavar="FOLDER",
+        help="--out of another table: each run starts from that method's best, seed by seed",
+    )
     add("--validate-only", action="store_true", help="choose rates; score no test row")
     add("--jobs", type=at_least(1), default=1, help="runs side by side")
     add("--out", help="folder of the results (default: out/compare/TABLE)")

@@ -165,6 +165,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
 def main(argv: list[str] | None = None):
     args = parse(argv)
     models = {"never tuned": "tiny", "tuned on other tasks": tuned_on_other_tasks(args.out)}
+    write_tasks(os.path.join(args.out, "64-other-tasks"), OTHER_QUESTIONS, OTHER_MOODS)  # for compare --warm-start
     path = os.path.join(args.out, "tasks.json")
     cells = read_json(path) if os.path.exists(path) else []
     for tasks in args.tasks:

@@ -1,6 +1,7 @@
 """What a run leaves on disk.
 
     save_tuner, load_checkpoint, load_into    a checkpoint: the trained tensors and what they are for, nothing frozen
+    warm_start                                a new run begins where another one has ended
     RunFolder                                 a run's folder: best.pt, last.pt, previous.pt (last.pt before its last
                                               save), log.jsonl, and a lock that keeps other runs out
 
@@ -72,6 +73,18 @@ def load_into(tuner: Tuner, content: dict, path: str):
         tuner.load_state_dict(content["tuner"])
     except RuntimeError as e:
         raise ValueError(f"{path} does not fit this model: {str(e).splitlines()[-1].strip()[:200]}") from None
+
+
+def warm_start(tuner: Tuner, path: str, meta: dict):
+    """Start a tuner, of the run that `meta` describes, from what another run has trained.
+
+    Raises ValueError if that one was of another method, or on another model.
+    """
+    content = load_checkpoint(path)
+    theirs, ours = ("{method} on {init} ({base})".format(**run) for run in (content["meta"], meta))
+    if any(content["meta"][key] != meta[key] for key in ("method", "base")):
+        raise ValueError(f"--warm-start {path} is a run of {theirs}, and this one is of {ours}")
+    load_into(tuner, content, path)
 
 
 class Diverged(ValueError):

@@ -35,7 +35,10 @@ def init(device: str) -> str:
 
 
 def shard(model: Decoder, device: str):
-    """Spread each block's frozen weights over the processes.  They are gathered while the block computes."""
+    """Spread each block's frozen weights over the processes' devices.  They are gathered while the block computes.
+
+    Block by block: all of the model never has to fit on one device.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -44,6 +47,7 @@ def shard(model: Decoder, device: str):
         fully_shard(block, mesh=mesh)
         for method in ("soft_kv", "step"):  # methods other than forward that use the weights
             register_fsdp_forward_method(block, method)
+    model.to(device)
 
 
 def local_rows(batch: NamedTuple) -> NamedTuple:

@@ -293,6 +293,19 @@ def test_the_search_goes_on_while_the_best_rate_is_at_the_edge(tmp_path):
         assert row["lr"] == best and sorted(row["search"]) == [own * x for x in tried]
 
 
+def test_each_method_starts_from_its_own_run_in_another_table_at_the_rate_chosen_there(tmp_path):
+    write_json(tmp_path / "compare.json", {"rows": [{"method": "capt", "lr": 0.05}, {"method": "iapt", "lr": 0.004}]})
+    argv = ["tiny", "--warm-start", str(tmp_path), "--out", str(tmp_path / "x")]
+    comparison = Comparison(compare.parse([*argv, "--methods", "capt,iapt"]))
+    for name, folder in (("capt", "capt-lr5.00e-02-seed2"), ("iapt", "iapt-lr4.00e-03-seed2")):
+        args = train.parse(comparison.own(name, 0.1, 2))
+        assert args.warm_start == str(tmp_path / "runs" / folder) and args.lr == 0.1
+    with pytest.raises(ValueError, match="has no lora-qv. It has: capt, iapt"):
+        Comparison(compare.parse([*argv, "--methods", "capt,lora-qv"]))
+    with pytest.raises(FileNotFoundError, match="Run the comparison with --out nowhere first"):
+        Comparison(compare.parse(["tiny", "--warm-start", "nowhere"]))
+
+
 @pytest.mark.slow
 def test_the_whole_command_continues_where_it_was(rows, tmp_path, capsys):
     argv = ["tiny", "--methods", "capt", "--seeds", "1", "--rates", "1", *SMALL, "--data", rows, "--out", str(tmp_path)]

@@ -26,6 +26,7 @@ from iapt import IAPT
 from model import Config, Tuner
 from plumbing import cli
 from plumbing.checkpoint import RunFolder, load_checkpoint
+from plumbing.files import copy_tokenizer
 from plumbing.pretrained import save_pretrained
 
 CPU = ["--device", "cpu"]
@@ -70,6 +71,44 @@ def test_a_rate_of_zero_is_a_rate_and_not_the_method_s_default(rows, tmp_path):
     torch.manual_seed(0)
     initial = build("capt", sample.open_model("tiny")[0].config).state_dict()
     assert all(torch.equal(x, initial[name]) for name, x in tensors(out).items())
+
+
+@pytest.mark.parametrize("method", ["iapt", "lora", "full"])
+def test_a_warm_start_begins_with_what_another_run_has_trained_and_resumes_as_any_run(method, rows, tmp_path):
+    first, second, third = (str(tmp_path / name) for name in "abc")
+    common = [*SMALL, "--steps", "2", "--data", rows, "--method", method]
+    train.main([*common, "--out", first])
+    train.main([*common, "--out", second, "--warm-start", first, "--lr", "0", "--seed", "1"])
+    assert all(torch.equal(x, tensors(first)[name]) for name, x in tensors(second).items())
+    train.main([*common, "--out", third, "--warm-start", first])
+    assert not same_run(first, third)
+    status, text = run_in(train, *common, "--out", third, "--resume")
+    assert status == 1 and f"warm_start was {first!r}" in text
+    assert run_in(train, *common, "--out", third, "--resume", "--warm-start", first)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--method", "capt"], "is a run of iapt on tiny ({base}), and this one is of capt on tiny ({base})"),
+        (["--init", "{other}"], "is a run of iapt on tiny ({base}), and this one is of iapt on {other} ("),
+        (["-o", "P=2"], "{run} does not fit this model: "),
+        (["--warm-start", "nowhere"], "no checkpoint at nowhere"),
+    ],
+)
+def test_a_warm_start_from_another_method_or_model_is_refused(options, message, short, rows, tmp_path):
+    model, _ = sample.open_model("tiny")
+    model.ln_f.weight.data += 0.1
+    other = str(tmp_path / "other")
+    os.makedirs(other)
+    copy_tokenizer(TINY, other)
+    save_pretrained(other, model)
+    words = {"base": load_checkpoint(short)["meta"]["base"], "other": other, "run": short}
+    options = [option.format(**words) for option in options]
+    argv = [*SMALL, "--data", rows, "--warm-start", short, *options, "--out", str(tmp_path / "x")]
+    status, text = run_in(train, *argv)
+    assert status == 1 and message.format(**words) in text and text.count("error: ") == 1
+    assert not os.path.exists(tmp_path / "x")
 
 
 def test_all_frozen_weights_are_the_same_after_a_run(rows, tmp_path, monkeypatch):
@@ -427,7 +466,7 @@ def test_an_over_long_question_is_one_line(trained):
         (2, train, ["--block-size", "100000"], "--block-size 100000: tiny takes at most 256 tokens"),
         (1, train, ["--resume", "--out", "nowhere"], "there is no run at nowhere"),
         (1, train, ["--out", os.path.join(ROOT, "README.md")], "README.md is a file, and not a folder"),
-        (2, train, ["--resume", "--force"], "give one of them"),
+        (2, train, ["--resume", "--force"], "argument --force: not allowed with argument --resume"),
         (2, train, ["--steps", "0"], "argument --steps: must be from 1 to 2^40, got 0"),
         (2, train, ["--steps", "x"], "argument --steps: invalid whole number value: 'x'"),
         (2, train, ["--seed", "9" * 20], f"argument --seed: must be from 0 to 2^40, got {'9' * 20}"),
