@@ -363,7 +363,7 @@ class Comparison:
                     frozen = pool.submit(score_one, self.options, [], self.folder("frozen"))
                     if TABLES[self.args.table].texts:
                         self.frozen_texts = pool.submit(write_one, self.options, [], self.folder("frozen"))
-                with ThreadPoolExecutor(len(self.args.methods)) as threads_of_methods:
+                with ThreadPoolExecutor(len(self.args.methods) or 1) as threads_of_methods:
                     futures = [threads_of_methods.submit(self.measure, name, pool, bar) for name in self.args.methods]
                     try:
                         for future in as_completed(futures):
@@ -371,7 +371,7 @@ class Comparison:
                             self.save(rows, frozen)
                         if self.frozen_texts is not None:
                             rows.append({"method": "frozen", "texts": [self.frozen_texts.result()]})
-                            self.save(rows, frozen)
+                        self.save(rows, frozen)
                     except BaseException:  # Ctrl-C has reached the runs, too: they save, and no other begins
                         pool.shutdown(wait=False, cancel_futures=True)
                         raise
@@ -396,7 +396,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("table", choices=list(TABLES), help="which work")
     add("--methods", default="iapt,paper-iapt,constants,ptuning2,prefix,prompt,lora-qv,lora-mlp,lora-all,adapter",
-        help=", ".join(ROWS))  # fmt: skip
+        help=", ".join([*ROWS, "frozen"]))  # fmt: skip
     add("--seeds", type=at_least(1), default=3, help="runs at the chosen rate")
     add("--rates", type=float, nargs="+", default=list(RATES), help="multiples of a method's own learning rate to try")
     add("--budget", type=at_least(1), help="trained parameters (default: the table's)")
@@ -411,12 +411,12 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--out", help="folder of the results (default: out/compare/TABLE)")
     args, args.rest = parser.parse_known_args(argv)
     args.out = args.out or os.path.join("out", "compare", args.table)
-    args.methods = args.methods.split(",")
+    args.methods = [name for name in args.methods.split(",") if name != "frozen"]  # that one is always scored
     for name in args.methods:
         if name not in ROWS:
-            parser.error(f"no method {name!r}. There are: {', '.join(ROWS)}")
-    args.reference = args.reference or ("iapt" if "iapt" in args.methods else args.methods[0])
-    if args.reference not in args.methods:
+            parser.error(f"no method {name!r}. There are: {', '.join(ROWS)}, frozen")
+    args.reference = args.reference or next((name for name in ("iapt", *args.methods) if name in args.methods), None)
+    if args.reference not in (*args.methods, None):
         parser.error(f"--reference {args.reference} is none of --methods {','.join(args.methods)}")
     if not all(0 < rate < 1e6 for rate in args.rates):
         parser.error(f"--rates must be above 0, got {args.rates}")

@@ -105,6 +105,8 @@ def report(rows: list[dict], scores: Scores, reference: str) -> Iterator[str]:
     yield "\nNats per token (rows answered exactly)."
     if plain:
         yield "Plain text: the rise of the loss on text that has nothing to do with the tasks."
+    if not order:
+        return
     yield f"\n| minus {reference} | " + " | ".join(tests) + f" | {tests[0]}, mean over tasks |"
     yield "|---|" + "---|" * (len(tests) + 1)
     for row in order:

@@ -307,6 +307,14 @@ def test_each_method_starts_from_its_own_run_in_another_table_at_the_rate_chosen
 
 
 @pytest.mark.slow
+def test_the_frozen_model_alone_is_a_table(rows, tmp_path, capsys):
+    compare.main(["tiny", "--methods", "frozen", *SMALL, "--data", rows, "--out", str(tmp_path)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 3 and lines[2].startswith("| frozen | 0 |  | ")
+    assert Scores(str(tmp_path / "scores.npz")).seeds == {"frozen": [0]}
+
+
+@pytest.mark.slow
 def test_the_whole_command_continues_where_it_was(rows, tmp_path, capsys):
     argv = ["tiny", "--methods", "capt", "--seeds", "1", "--rates", "1", *SMALL, "--data", rows, "--out", str(tmp_path)]
     compare.main(argv)
