@@ -441,7 +441,7 @@ def main(argv: list[str] | None = None):
             print(f"{row['method']:20} {row['trainable']:9,}  {row['val'][0]:.4f}   {search}   {row['options']}")
         return
     lines = list(report(rows, Scores(os.path.join(args.out, "scores.npz")), args.reference))
-    lines.append(f"\n{args.seeds} seeds, {machine()}.")
+    lines.append(f"\n{f'{args.seeds} seeds, ' if rows else ''}{machine()}.")
     with replacing(os.path.join(args.out, "compare.md")) as f:
         f.write("\n".join(lines) + "\n")
     print("\n".join(lines))
