@@ -53,7 +53,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--method", default="iapt", help=", ".join(METHODS))
     add("-o", nargs="+", default=[], action="extend", metavar="NAME=VALUE", help="options of the method")
     add("--out", help="folder of the run (default: out/METHOD)")
-    add("--warm-start", metavar="RUN", help="start from what another run of the method has trained")
+    add("--warm-start", metavar="RUN", help="begin with what another run of the method has trained (its best.pt)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the run in --out")
     start.add_argument("--force", action="store_true", help="start again over the run in --out")
@@ -238,8 +238,8 @@ def new_tuner(args: Namespace, session: Session) -> tuple[Tuner, dict]:
     meta = {name: getattr(args, name) for name in RUN_KEYS}
     meta |= {"options": args.o, "base": fingerprint(session.model), "dtype": str(weight.dtype)}
     meta |= {"block_size": session.block_size, "rows": rows_fingerprint(session.rows)}
-    if args.warm_start:
-        warm_start(tuner, args.warm_start, meta)
+    if args.warm_start and not args.resume:
+        warm_start(tuner, args.warm_start, meta, args.out)
     return tuner, meta
 
 

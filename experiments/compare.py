@@ -4,7 +4,7 @@
     python -m experiments.compare p3 --jobs 2             # two runs side by side
     python -m experiments.compare p3 --methods iapt,constants,lora-mlp --seeds 5
     python -m experiments.compare p3 --steps 600          # options of train.py go to every run
-    python -m experiments.compare tiny --data my --warm-start out/compare/tiny     # each from its run in another table
+    python -m experiments.compare tiny --data my --out out/my --warm-start out/compare/tiny    # each from its run there
 
 The protocol, the same for every method:
 
@@ -227,7 +227,7 @@ def tuned(options: list[str], own: list[str], folder: str) -> Iterator[tuple[tra
     """The session, and the tuner of the run in a folder, attached; None if there is no run: the frozen model."""
     session, tuner = open_session(tuple(options)), None
     if os.path.exists(best := os.path.join(folder, "best.pt")):
-        tuner, _ = train.new_tuner(train.parse([*options, *own, "--out", folder]), session)
+        tuner, _ = train.new_tuner(train.parse([*options, *own, "--out", folder, "--resume"]), session)
         load_into(tuner, load_checkpoint(best), best)
         tuner.attach(session.model)
         tuner.eval()
@@ -255,7 +255,7 @@ def write_one(options: list[str], own: list[str], folder: str) -> dict[str, dict
 
 
 def plain_examples(tokenizer: Tokenizer) -> list[Example]:
-    """64 passages of English that no task asks about, of 64 tokens that are read and 128 that are predicted.
+    """Up to 64 passages of English that no task asks about, of 64 tokens that are read and 128 that are predicted.
 
     They are Python's own help topics, which every Python has; another version may word some of them otherwise.
     """
@@ -280,15 +280,18 @@ def start_process(threads: int):
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
-def rates_chosen(out: str, methods: list[str]) -> dict[str, float]:
-    """The learning rate of each method in a finished table.  Raises ValueError if one of `methods` is not in it."""
+def rates_chosen(out: str, methods: list[str], seeds: int) -> dict[str, float]:
+    """The learning rate of each method in a finished table.  Raises ValueError if a method or a seed is not in it."""
     path = os.path.join(out, "compare.json")
     if not os.path.exists(path):
-        raise FileNotFoundError(f"--warm-start: there is no {path}. Run the comparison with --out {out} first")
-    rates = {row["method"]: row["lr"] for row in read_json(path)["rows"] if "lr" in row}
-    if missing := [name for name in methods if name not in rates]:
-        raise ValueError(f"--warm-start: {path} has no {missing[0]}. It has: {', '.join(rates)}")
-    return rates
+        raise FileNotFoundError(f"--warm-start: there is no {path}. It takes the --out of a finished comparison")
+    rows = {row["method"]: row for row in read_json(path)["rows"] if "lr" in row}
+    for name in methods:
+        if name not in rows:
+            raise ValueError(f"--warm-start: {path} has no {name}. It has: {', '.join(rows)}")
+        if rows[name]["seeds"] < seeds:
+            raise ValueError(f"--warm-start: {path} has {rows[name]['seeds']} seeds of {name}, --seeds is {seeds}")
+    return {name: rows[name]["lr"] for name in methods}
 
 
 # -- All of it ---------------------------------------------------------------------------------------------------------
@@ -305,7 +308,7 @@ class Comparison:
         self.config = read_config(os.path.join(find_model(model_args.init), "config.json"))
         self.sizes = {name: sized(self.config, name, args.budget or table.budget) for name in args.methods}
         self.frozen_texts = None
-        self.warm_rates = rates_chosen(args.warm_start, args.methods) if args.warm_start else {}
+        self.warm_rates = rates_chosen(args.warm_start, args.methods, args.seeds) if args.warm_start else {}
 
     def folder(self, name: str, rate: float = 0.0, seed: int = 0, out: str | None = None) -> str:
         return os.path.join(out or self.args.out, "runs", f"{name}-lr{rate:.2e}-seed{seed}" if rate else name)
@@ -418,6 +421,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     args.reference = args.reference or next((name for name in ("iapt", *args.methods) if name in args.methods), None)
     if args.reference not in (*args.methods, None):
         parser.error(f"--reference {args.reference} is none of --methods {','.join(args.methods)}")
+    if args.warm_start and os.path.realpath(args.warm_start) == os.path.realpath(args.out):
+        parser.error(f"--warm-start {args.warm_start} is where this comparison writes to: --out names another folder")
     if not all(0 < rate < 1e6 for rate in args.rates):
         parser.error(f"--rates must be above 0, got {args.rates}")
     passed_on, defaults = train.parse([*args.rest, "--out", args.out]), train.parse(["--out", args.out])

@@ -75,15 +75,20 @@ def load_into(tuner: Tuner, content: dict, path: str):
         raise ValueError(f"{path} does not fit this model: {str(e).splitlines()[-1].strip()[:200]}") from None
 
 
-def warm_start(tuner: Tuner, path: str, meta: dict):
-    """Start a tuner, of the run that `meta` describes, from what another run has trained.
+def warm_start(tuner: Tuner, path: str, meta: dict, out: str):
+    """Start a tuner, of the run that `meta` describes and that writes to `out`, from what another run has trained.
 
-    Raises ValueError if that one was of another method, or on another model.
+    Raises ValueError if that one has another method, other options of it, or another model, or is in `out` itself.
     """
+    if os.path.realpath(out) in map(os.path.realpath, (path, os.path.dirname(path))):
+        raise ValueError(f"--warm-start {path} is where this run writes to: --out names another folder")
     content = load_checkpoint(path)
-    theirs, ours = ("{method} on {init} ({base})".format(**run) for run in (content["meta"], meta))
-    if any(content["meta"][key] != meta[key] for key in ("method", "base")):
-        raise ValueError(f"--warm-start {path} is a run of {theirs}, and this one is of {ours}")
+    if any(content["meta"][key] != meta[key] for key in ("method", "options", "base")):
+        theirs, ours = (
+            f"{run['method']} {' '.join(run['options'])} on {run['init']} ({run['base']})"
+            for run in (content["meta"], meta)
+        )
+        raise ValueError(f"--warm-start {path} is a run of {theirs}; this one is of {ours}")
     load_into(tuner, content, path)
 
 

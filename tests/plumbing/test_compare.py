@@ -268,6 +268,7 @@ def test_the_table_says_who_is_better_on_the_same_rows(tmp_path):
         (["-oP=2"], "-o is set run by run"),
         (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
         (["--rates", "0"], "--rates must be above 0"),
+        (["--out", "x", "--warm-start", "x"], "--warm-start x is where this comparison writes to"),
         (["--reference", "lora"], "--reference lora is none of --methods"),
     ],
 )
@@ -294,7 +295,10 @@ def test_the_search_goes_on_while_the_best_rate_is_at_the_edge(tmp_path):
 
 
 def test_each_method_starts_from_its_own_run_in_another_table_at_the_rate_chosen_there(tmp_path):
-    write_json(tmp_path / "compare.json", {"rows": [{"method": "capt", "lr": 0.05}, {"method": "iapt", "lr": 0.004}]})
+    write_json(
+        tmp_path / "compare.json",
+        {"rows": [{"method": "capt", "lr": 0.05, "seeds": 3}, {"method": "iapt", "lr": 0.004, "seeds": 3}]},
+    )
     argv = ["tiny", "--warm-start", str(tmp_path), "--out", str(tmp_path / "x")]
     comparison = Comparison(compare.parse([*argv, "--methods", "capt,iapt"]))
     for name, folder in (("capt", "capt-lr5.00e-02-seed2"), ("iapt", "iapt-lr4.00e-03-seed2")):
@@ -302,7 +306,9 @@ def test_each_method_starts_from_its_own_run_in_another_table_at_the_rate_chosen
         assert args.warm_start == str(tmp_path / "runs" / folder) and args.lr == 0.1
     with pytest.raises(ValueError, match="has no lora-qv. It has: capt, iapt"):
         Comparison(compare.parse([*argv, "--methods", "capt,lora-qv"]))
-    with pytest.raises(FileNotFoundError, match="Run the comparison with --out nowhere first"):
+    with pytest.raises(ValueError, match="has 3 seeds of capt, --seeds is 4"):
+        Comparison(compare.parse([*argv, "--methods", "capt", "--seeds", "4"]))
+    with pytest.raises(FileNotFoundError, match="takes the --out of a finished comparison"):
         Comparison(compare.parse(["tiny", "--warm-start", "nowhere"]))
 
 

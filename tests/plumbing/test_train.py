@@ -84,15 +84,17 @@ def test_a_warm_start_begins_with_what_another_run_has_trained_and_resumes_as_an
     assert not same_run(first, third)
     status, text = run_in(train, *common, "--out", third, "--resume")
     assert status == 1 and f"warm_start was {first!r}" in text
+    shutil.rmtree(first)  # what it was trained from is in its checkpoints
     assert run_in(train, *common, "--out", third, "--resume", "--warm-start", first)[0] == 0
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--method", "capt"], "is a run of iapt on tiny ({base}), and this one is of capt on tiny ({base})"),
-        (["--init", "{other}"], "is a run of iapt on tiny ({base}), and this one is of iapt on {other} ("),
-        (["-o", "P=2"], "{run} does not fit this model: "),
+        (["--method", "capt"], "activation=rational on tiny ({base}); this one is of capt "),
+        (["--init", "{other}"], "activation=rational on {other} ("),
+        (["-o", "activation=gelu"], "; this one is of iapt P=4 m=0 repeat=3 activation=gelu on tiny ({base})"),
+        (["--warm-start", "{out}/best.pt"], "is where this run writes to: --out names another folder"),
         (["--warm-start", "nowhere"], "no checkpoint at nowhere"),
     ],
 )
@@ -103,7 +105,7 @@ def test_a_warm_start_from_another_method_or_model_is_refused(options, message, 
     os.makedirs(other)
     copy_tokenizer(TINY, other)
     save_pretrained(other, model)
-    words = {"base": load_checkpoint(short)["meta"]["base"], "other": other, "run": short}
+    words = {"base": load_checkpoint(short)["meta"]["base"], "other": other, "out": str(tmp_path / "x")}
     options = [option.format(**words) for option in options]
     argv = [*SMALL, "--data", rows, "--warm-start", short, *options, "--out", str(tmp_path / "x")]
     status, text = run_in(train, *argv)
