@@ -78,14 +78,14 @@ def load_into(tuner: Tuner, content: dict, path: str):
 def warm_start(tuner: Tuner, path: str, meta: dict, out: str):
     """Start a tuner, of the run that `meta` describes and that writes to `out`, from what another run has trained.
 
-    Raises ValueError if that one has another method, other options of it, or another model, or is in `out` itself.
+    Raises ValueError if that one has another method, other options, another model or template, or is in `out` itself.
     """
     if os.path.realpath(out) in map(os.path.realpath, (path, os.path.dirname(path))):
         raise ValueError(f"--warm-start {path} is where this run writes to: --out names another folder")
     content = load_checkpoint(path)
-    if any(content["meta"][key] != meta[key] for key in ("method", "options", "base")):
+    if any(content["meta"][key] != meta[key] for key in ("method", "options", "base", "template")):
         theirs, ours = (
-            f"{run['method']} {' '.join(run['options'])} on {run['init']} ({run['base']})"
+            f"{run['method']} {' '.join(run['options'])} on {run['init']} ({run['base']}, template {run['template']})"
             for run in (content["meta"], meta)
         )
         raise ValueError(f"--warm-start {path} is a run of {theirs}; this one is of {ours}")

@@ -91,9 +91,12 @@ def test_a_warm_start_begins_with_what_another_run_has_trained_and_resumes_as_an
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--method", "capt"], "activation=rational on tiny ({base}); this one is of capt "),
+        (["--method", "capt"], "activation=rational on tiny ({base}, template plain); this one is of capt "),
         (["--init", "{other}"], "activation=rational on {other} ("),
-        (["-o", "activation=gelu"], "; this one is of iapt P=4 m=0 repeat=3 activation=gelu on tiny ({base})"),
+        (
+            ["-o", "activation=gelu"],
+            "; this one is of iapt P=4 m=0 repeat=3 activation=gelu on tiny ({base}, template plain)",
+        ),
         (["--warm-start", "{out}/best.pt"], "is where this run writes to: --out names another folder"),
         (["--warm-start", "nowhere"], "no checkpoint at nowhere"),
     ],
