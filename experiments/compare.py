@@ -280,6 +280,9 @@ def start_process(threads: int):
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
+# -- All of it ---------------------------------------------------------------------------------------------------------
+
+
 def rates_chosen(out: str, methods: list[str], seeds: int) -> dict[str, float]:
     """The learning rate of each method in a finished table.  Raises ValueError if a method or a seed is not in it."""
     path = os.path.join(out, "compare.json")
@@ -292,9 +295,6 @@ def rates_chosen(out: str, methods: list[str], seeds: int) -> dict[str, float]:
         if rows[name]["seeds"] < seeds:
             raise ValueError(f"--warm-start: {path} has {rows[name]['seeds']} seeds of {name}, --seeds is {seeds}")
     return {name: rows[name]["lr"] for name in methods}
-
-
-# -- All of it ---------------------------------------------------------------------------------------------------------
 
 
 class Comparison:

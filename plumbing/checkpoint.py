@@ -80,7 +80,8 @@ def warm_start(tuner: Tuner, path: str, meta: dict, out: str):
 
     Raises ValueError if that one has another method, other options, another model or template, or is in `out` itself.
     """
-    if os.path.realpath(out) in map(os.path.realpath, (path, os.path.dirname(path))):
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    if os.path.realpath(folder) == os.path.realpath(out):
         raise ValueError(f"--warm-start {path} is where this run writes to: --out names another folder")
     content = load_checkpoint(path)
     if any(content["meta"][key] != meta[key] for key in ("method", "options", "base", "template")):

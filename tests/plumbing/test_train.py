@@ -84,6 +84,7 @@ def test_a_warm_start_begins_with_what_another_run_has_trained_and_resumes_as_an
     assert not same_run(first, third)
     status, text = run_in(train, *common, "--out", third, "--resume")
     assert status == 1 and f"warm_start was {first!r}" in text
+    assert run_in(train, *common, "--out", str(tmp_path), "--warm-start", first)[0] == 0  # first is in it, and not it
     shutil.rmtree(first)  # what it was trained from is in its checkpoints
     assert run_in(train, *common, "--out", third, "--resume", "--warm-start", first)[0] == 0
 
