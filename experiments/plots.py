@@ -91,7 +91,10 @@ rect { fill: #4c8dd0 }
 
 
 def reads_svg(words: list[str], weights: Tensor, layers: list[int]) -> Iterator[str]:
-    """Lines of an SVG: for each soft token of L layers the words of the instruction, shaded by weights (L, P, T)."""
+    """Lines of an SVG: for each soft token of L layers the words of the instruction, shaded by weights (L, P, T).
+
+    The shade is the square root of the weight: over twenty words, most weights are below a tenth.
+    """
     L, P, _ = weights.shape
     width, line, left = 7.9, 21, 158  # of a character, of a line, of the names
     size = f"{left + width * sum(map(len, words)) + 8:.0f} {line * P * L + 8 * L:.0f}"
@@ -100,7 +103,7 @@ def reads_svg(words: list[str], weights: Tensor, layers: list[int]) -> Iterator[
         for p in range(P):
             x, y = left, line * (l * P + p) + 8 * l + 15
             yield f'<text class="name" x="0" y="{y}">layer {layer:2}, token {p + 1:2}</text>'
-            for word, w in zip(words, weights[l, p].tolist()):
+            for word, w in zip(words, weights[l, p].sqrt().tolist()):
                 box, text = width * len(word), word.lstrip()
                 yield f'<rect x="{x:.1f}" y="{y - 14}" width="{box:.1f}" height="19" rx="3" opacity="{w:.2f}"/>'
                 length = width * len(text)

@@ -33,14 +33,14 @@ def small_batch():
 
 
 def test_the_words_and_shades_are_those_of_the_pooling(tmp_path):
-    weights = torch.tensor([[[0.25, 0.75], [1.0, 0.0]]])
+    weights = torch.tensor([[[0.36, 0.64], [1.0, 0.0]]])
     path = tmp_path / "x.svg"
     path.write_text("\n".join(plots.reads_svg(["<a", " & b"], weights, [1])))
     svg = "{http://www.w3.org/2000/svg}"
     texts = [node.text for node in ET.parse(path).iter(f"{svg}text")]
     assert texts == ["layer  1, token  1", "<a", "& b", "layer  1, token  2", "<a", "& b"]
     shades = [float(node.get("opacity")) for node in ET.parse(path).iter(f"{svg}rect")]
-    assert shades == weights.flatten().tolist()
+    assert shades == [0.6, 0.8, 1.0, 0.0]  # square roots of the weights
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
