@@ -7,7 +7,7 @@ from torch.utils.hooks import RemovableHandle
 
 from data import Example
 from data.scores import score_examples
-from iapt import IAPT, Generator, linear
+from iapt import IAPT, Generator, PaperIAPT, linear
 from model import Config, Decoder, Tuner
 
 
@@ -42,11 +42,19 @@ class OwnDown(IAPT):
             generator.down = linear(config.n_embd, m, std=config.n_embd**-0.5)
 
 
+class PaperRandomStart(PaperIAPT):
+    """The paper's form, with a W_up that starts at random."""
+
+    def start(self, model: Decoder):
+        pass
+
+
 ABLATIONS = {
     "joined": Joined,
     "random-start": RandomStart,
     "unscaled": Unscaled,
     "own-down": OwnDown,
+    "paper-random-start": PaperRandomStart,
 }
 
 

@@ -21,7 +21,7 @@ from iapt import (
     rational,
     rational_backward,
 )
-from model import Config, Soft, attention_mask, rotary
+from model import Config, Soft, Tuner, attention_mask, rotary
 
 # -- The activation ----------------------------------------------------------------------------------------------------
 
@@ -208,6 +208,17 @@ def test_what_is_generated_for_a_soft_token_is_added_to_each_of_its_values_and_t
     soft, heads = tuner.kv(model.h[1], 1, x, instr), model.h[1].attn.heads
     torch.testing.assert_close(soft.v, heads(tuner.values[1] + torch.cat([generated] * 3, 1)))
     torch.testing.assert_close(soft.k, heads(tuner.keys[1].expand(2, -1, -1)))
+
+
+def test_the_paper_s_form_starts_as_states_of_words_that_stand_alone(model):
+    tuner, entering, words = PaperIAPT(model.config, m=6), [], torch.arange(50)[:, None]
+    tuner.start(model)
+    spy = Tuner()
+    spy.prompt = lambda l, x, instr: entering.append(x[:, 0])
+    model.hidden(words, words >= 0, spy)
+    for x, generator in zip(entering, tuner.generators, strict=True):
+        cosines = F.normalize(x) @ F.normalize(generator.up.weight, dim=0)  # (words, m)
+        assert (cosines.amax(0) > 1 - 1e-5).all()
 
 
 def test_prepending_soft_tokens_and_discarding_them_equals_extra_keys_and_values(model):
