@@ -1,7 +1,7 @@
 """IAPT, instruction-aware prompt tuning (arXiv 2405.18203).
 
 The language model is frozen.  At every layer a small generator reads the hidden states of the instruction (the whole
-prompt) and writes P soft tokens.  All tokens attend to them, the instruction's own, too.  Only the generators and some
+prompt) and writes P soft tokens.  All tokens attend to them, the instruction's included.  Only the generators and some
 learned constants are trained.
 
     Z = H W_down           (T, m)   H (T, C): the instruction's hidden states at this layer; m is much smaller than C
@@ -163,7 +163,7 @@ class PaperIAPT(Tuner):
         m = m or max(1, C // 8)
         own = [(linear(C, m, std=C**-0.5), linear(m, C, std=m**-0.5)) for _ in range(L)]
         self.generators = nn.ModuleList(Generator(down, up, P, activation) for down, up in own)
-        self.lr = 5.0 / C
+        self.lr = 5.0 / C  # ten times IAPT's: W_up does not start at zero
 
     @torch.no_grad()
     def start(self, model: Decoder):
@@ -182,7 +182,7 @@ class PaperIAPT(Tuner):
 
 
 # -- 3. As we train it -------------------------------------------------------------------------------------------------
-# Four changes; docs/RESULTS.md says what each is worth.
+# Four changes; docs/RESULTS.md says what they are worth together, and what 2 to 4 are worth alone.
 #   1. A soft token is a key and a value, not a hidden state.  The key is learned, the same for every instruction; the
 #      value is learned, too, and what the generator writes is added to it.
 #   2. Soft tokens get a softmax of their own (`separate`), so they take no attention away from the words.
@@ -206,7 +206,8 @@ class NormedGenerator(Generator):
 class IAPT(Tuner):
     """P generated values per layer, each added to `repeat` learned values with keys of their own: repeat P soft tokens.
 
-    C m parameters shared by all layers, and in each layer m P + 12 + m G D + 2 repeat P G D.  m = 0 stands for C / 16.
+    C m parameters shared by all layers, and in each layer m P + 12 + m K + 2 repeat P K.  K is the width of a
+    layer's keys; m = 0 stands for C / 16.
     `Decoder.hidden` calls `soft`, and that calls `kv`, once for each layer, when a prompt is read.
     """
 
