@@ -154,7 +154,7 @@ class PaperIAPT(Tuner):
     """A generator for each layer writes P hidden states, which stand among the tokens.
 
     L (2 C m + m P + 12) parameters: 83.9M for LLaMA-2 7B with m = 320, as arXiv 2410.18035 reports for IAPT.  m = 0
-    stands for C / 8.  Ours are the rate, the start, and R, whose coefficients are learned with everything else.
+    stands for C / 8.  Ours are the rate, the start, and that R's coefficients are learned with all else.
     """
 
     def __init__(self, config: Config, P: int = 4, m: int = 0, activation: Activation = "rational"):
@@ -163,16 +163,18 @@ class PaperIAPT(Tuner):
         m = m or max(1, C // 8)
         own = [(linear(C, m, std=C**-0.5), linear(m, C, std=m**-0.5)) for _ in range(L)]
         self.generators = nn.ModuleList(Generator(down, up, P, activation) for down, up in own)
-        self.lr = 5.0 / C  # ten times IAPT's: W_up does not start at zero
+        self.lr = 5.0 / C  # chosen on tiny
 
     @torch.no_grad()
     def start(self, model: Decoder):
         """W_up starts as the hidden states of m random words, each the first of a text.
 
-        All attention may rest on a first word without harm (a sink, arXiv 2309.17453); random states would attract it.
+        A large model rests much attention on the first word, without harm (a sink, arXiv 2309.17453).  Soft tokens that
+        start so take its place; random states take attention, too, and what is found in them harms.
         """
-        m, at = self.generators[0].up.in_features, torch.zeros(1, dtype=torch.long, device=model.wte.weight.device)
-        x, rope = model.embed(torch.randint(len(model.wte.weight), (m, 1), device=at.device), at)
+        vocabulary, m = model.wte.weight, self.generators[0].up.in_features
+        words = torch.randint(len(vocabulary), (m, 1), device=vocabulary.device)
+        x, rope = model.embed(words, torch.zeros_like(words[0]))  # each at position 0
         for block, generator in zip(model.h, self.generators):
             generator.up.weight.copy_(F.rms_norm(x.float(), x.shape[-1:])[:, 0].mT)  # (m, 1, C) -> (C, m)
             x, _, _ = block(x, rope)

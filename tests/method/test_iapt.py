@@ -210,7 +210,7 @@ def test_what_is_generated_for_a_soft_token_is_added_to_each_of_its_values_and_t
     torch.testing.assert_close(soft.k, heads(tuner.keys[1].expand(2, -1, -1)))
 
 
-def test_the_paper_s_form_starts_as_states_of_words_that_stand_alone(model):
+def test_the_paper_s_form_starts_as_states_of_different_words_that_stand_alone(model):
     tuner, entering, words = PaperIAPT(model.config, m=6), [], torch.arange(50)[:, None]
     tuner.start(model)
     spy = Tuner()
@@ -219,6 +219,7 @@ def test_the_paper_s_form_starts_as_states_of_words_that_stand_alone(model):
     for x, generator in zip(entering, tuner.generators, strict=True):
         cosines = F.normalize(x) @ F.normalize(generator.up.weight, dim=0)  # (words, m)
         assert (cosines.amax(0) > 1 - 1e-5).all()
+        assert len(cosines.argmax(0).unique()) > 1  # not m times the same word
 
 
 def test_prepending_soft_tokens_and_discarding_them_equals_extra_keys_and_values(model):
