@@ -2,13 +2,16 @@
 
 import contextlib
 
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from data import Example
+from data import Example, p3
 from data.scores import score_examples
 from iapt import IAPT, Generator, PaperIAPT, linear
-from model import Config, Decoder, Tuner
+from model import Block, Config, Decoder, Embedded, Soft, Tuner
 
 
 class Joined(IAPT):
@@ -42,6 +45,59 @@ class OwnDown(IAPT):
             generator.down = linear(config.n_embd, m, std=config.n_embd**-0.5)
 
 
+class TaskTable(Generator):
+    """In place of what is read: a row of a learned table, which all layers share."""
+
+    def pool(self, x: Tensor, instr: Tensor) -> Tensor:
+        """Numbers of tasks x (B,), -1 for an unknown one, whose row is zero -> Q (B, P, m)."""
+        q = F.rms_norm(self.table, self.table.shape[-1:])
+        return F.pad(q, (0, 0, 0, 0, 0, 1))[x]
+
+
+class ToldTheTask(IAPT):
+    """It is told which task a row is of, and reads nothing: what is it worth to know the task?
+
+    `tell` has to be called before training.  A prompt is recognised by its first embeddings' entries.
+    """
+
+    generator = TaskTable
+
+    def __init__(self, config: Config, P: int = 4, m: int = 0, repeat: int = 3, tasks: int = 64):
+        super().__init__(config, P, m, repeat)
+        table = nn.Parameter(torch.randn(tasks, P, self.generators[0].up.in_features))
+        for generator in self.generators:
+            generator.table, generator.down, generator.w_sa = table, None, None
+        self.task_of_prompt = {}
+
+    def tell(self, model: Decoder, rows: dict[str, list[dict]], examples: dict[str, list[Example]]):
+        """The tasks of all rows; those of the training rows have numbers."""
+        names = sorted({p3.family(row["task"]) for row in rows["train"]})
+        if len(names) > len(self.generators[0].table):
+            raise ValueError(f"{len(names)} tasks in the training rows: -o tasks={len(names)}")
+        number = {name: i for i, name in enumerate(names)}
+        for split, part in examples.items():
+            for row, example in zip(rows[split], part):
+                x, _ = model.embed(torch.tensor(example.prompt), torch.arange(len(example.prompt)))
+                self.task_of_prompt[self.key(x)] = number.get(p3.family(row["task"]), -1)
+
+    def key(self, x: Tensor) -> bytes:
+        return x[:, :4].float().cpu().numpy().tobytes()
+
+    def embed(self, x: Tensor, instr: Tensor) -> Embedded:
+        tasks = [self.task_of_prompt.get(self.key(row[read]), -1) for row, read in zip(x.detach(), instr)]
+        self.tasks = torch.tensor(tasks, device=x.device)
+        return Embedded(x)
+
+    def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft:
+        return super().kv(block, l, self.tasks, instr)
+
+    def groups(self, lr: float) -> list[dict]:
+        rest, constants, coefficients = super().groups(lr)
+        table = self.generators[0].table
+        rest["params"] = [p for p in rest["params"] if p is not table]
+        return [rest, constants | {"params": [table, *constants["params"]]}, coefficients]
+
+
 class PaperRandomStart(PaperIAPT):
     """The paper's form, with a W_up that starts at random."""
 
@@ -54,6 +110,7 @@ ABLATIONS = {
     "random-start": RandomStart,
     "unscaled": Unscaled,
     "own-down": OwnDown,
+    "told-the-task": ToldTheTask,
     "paper-random-start": PaperRandomStart,
 }
 

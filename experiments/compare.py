@@ -44,7 +44,7 @@ from baselines import METHODS, build, spell_out
 from data import Example, evenly_spaced, p3
 from data.scores import score_examples
 from data.tokenizer import Tokenizer
-from experiments.ablations import ABLATIONS, mean_output, swapped_instruction
+from experiments.ablations import ABLATIONS, ToldTheTask, mean_output, swapped_instruction
 from experiments.bench import machine
 from experiments.report import DIVERGED, Scores, report
 from experiments.texts import bleu_and_rouge, distinct_instructions, import_metrics, write_answers
@@ -160,6 +160,7 @@ def train_one(options: list[str], own: list[str], folder: str) -> dict:
     args = train.parse([*options, *own, "--out", folder, "--resume" if files.can_resume() else "--force"])
     files.lock(args.force)
     tuner, meta = train.new_tuner(args, session)
+    tell_tasks(tuner, session)
     if session.model.wte.weight.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     clock = time.perf_counter()
@@ -183,6 +184,12 @@ def train_one(options: list[str], own: list[str], folder: str) -> dict:
         if os.path.exists(name):
             os.remove(name)
     return result
+
+
+def tell_tasks(tuner: Tuner, session: train.Session):
+    """A method that is told the task of each row (ablations.ToldTheTask) learns here which row has which."""
+    if isinstance(tuner, ToldTheTask):
+        tuner.tell(session.model, session.rows, session.examples)
 
 
 def score_one(options: list[str], own: list[str], folder: str) -> str:
@@ -228,6 +235,7 @@ def tuned(options: list[str], own: list[str], folder: str) -> Iterator[tuple[tra
     session, tuner = open_session(tuple(options)), None
     if os.path.exists(best := os.path.join(folder, "best.pt")):
         tuner, _ = train.new_tuner(train.parse([*options, *own, "--out", folder, "--resume"]), session)
+        tell_tasks(tuner, session)
         load_into(tuner, load_checkpoint(best), best)
         tuner.attach(session.model)
         tuner.eval()

@@ -198,6 +198,34 @@ def test_the_controls_are_what_they_are_called_and_leave_nothing_behind(model):
     assert torch.equal(model(idx, instr, tuner), before)
 
 
+def known_tasks(*prompts):
+    """Rows of as many tasks as there are prompts, and their examples."""
+    rows = [{"task": str(i)} for i in range(len(prompts))]
+    return {"train": rows}, {"train": [train.Example(prompt, [1]) for prompt in prompts]}
+
+
+def test_a_generator_that_is_told_the_task_reads_nothing_else(model):
+    """Same task, same soft tokens; another task, others; an unknown task: those of no task."""
+    tuner = shake(METHODS["told-the-task"](model.config, tasks=2), 0.1)
+    rows, examples = known_tasks([3, 1, 4], [2, 7, 1])
+    rows["test"] = [{"task": "1"}, {"task": "new"}]
+    examples["test"] = [train.Example([5, 5], [1]), train.Example([6], [1])]
+    tuner.tell(model, rows, examples)
+
+    def written(prompt):
+        idx = torch.tensor([[*prompt, 9, 9]])
+        x, _ = model.embed(idx, torch.arange(idx.shape[1]))
+        instr = torch.arange(idx.shape[1])[None] < len(prompt)
+        tuner.embed(x, instr)
+        return tuner.kv(model.h[0], 0, torch.randn_like(x), instr).v
+
+    assert torch.equal(written([2, 7, 1]), written([5, 5]))
+    assert not torch.allclose(written([2, 7, 1]), written([3, 1, 4]))
+    assert torch.equal(written([6]), written([8, 8]))
+    with pytest.raises(ValueError, match="3 tasks in the training rows: -o tasks=3"):
+        tuner.tell(model, *known_tasks([1], [2], [3]))
+
+
 @pytest.mark.parametrize("name", ablations.ABLATIONS)
 def test_a_form_of_iapt_differs_from_it_in_one_thing_and_trains_all_that_it_has(model, name):
     """All of them start as the frozen model, but for those whose point it is not to."""
@@ -206,6 +234,8 @@ def test_a_form_of_iapt_differs_from_it_in_one_thing_and_trains_all_that_it_has(
     tuner.start(model)
     tuner.attach(model)
     idx, instr = right_padded([6, 4], 9)
+    if name == "told-the-task":
+        tuner.tell(model, *known_tasks(*(row[read].tolist() for row, read in zip(idx, instr))))
     starts_as_frozen = torch.allclose(model(idx, instr, tuner), model(idx), atol=1e-5)
     others = ("random-start", "joined", "paper-random-start")  # in joined, keys alone take attention from the words
     assert starts_as_frozen == (name not in others)

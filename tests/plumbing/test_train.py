@@ -343,13 +343,16 @@ def test_options_may_stand_before_instructions(trained):
 
 def test_explain_shows_weights_of_the_instruction_s_words(trained, capsys):
     sample.main([trained, "what is the capital of peru ?", "--explain", *CPU])
-    *lines, answer = capsys.readouterr().out.splitlines()
+    legend, *lines, answer = capsys.readouterr().out.splitlines()
+    assert legend.startswith("What each soft token reads (the words with a weight of 0.05 or more")
     sample.main([trained, "what is the capital of peru ?", *CPU])
     assert capsys.readouterr().out.splitlines() == [answer]
     assert len(lines) == 4 * 4 and lines[0].startswith("layer  1, token 1:  ")
     model, tokenizer, _, (tuner,) = sample.open_runs([trained])
     prompt = tokenizer.prompt("Instruction: what is the capital of peru ?\nResponse:")
-    for line in cli.shade_words(*sample.reading_weights(model, tokenizer, tuner, prompt), True):
+    legend, *lines_in_color = cli.shade_words(*sample.reading_weights(model, tokenizer, tuner, prompt), True)
+    assert legend == "What each soft token reads (darker: more):"
+    for line in lines_in_color:
         assert re.sub(r"\x1b\[[0-9;]*m", "", line).endswith("what is the capital of peru ?\\nResponse:")
     shown = [float(w) for w in re.findall(r"\d\.\d\d", lines[0])]
     assert shown == sorted(shown, reverse=True) and 0.3 < sum(shown) <= 1.02
