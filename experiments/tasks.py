@@ -1,6 +1,6 @@
 """When does reading the instruction pay?  IAPT beside constants of its size, on more and more tasks, for two models.
 
-    python -m experiments.tasks --jobs 2                     # all of it, some 90 runs of a minute; it can be continued
+    python -m experiments.tasks --jobs 2                     # all of it, 150 runs of a minute; it can be continued
     python -m experiments.tasks --jobs 2 --tasks 64 --steps 2400 --seeds 3 --rates 2     # longer, at the best rates
     python -m experiments.plots tasks out/tasks/tasks.json   # the picture
 
@@ -10,7 +10,8 @@ A task is a question (a capital, a word in Spanish, the reverse of a list, ...) 
 
 4, 16 and 64 tasks are 2 x 2, 4 x 4 and 8 x 8 questions and moods, the smaller sets part of the larger.  All have 6,400
 rows and the same steps, so with fewer tasks each is seen more often.  Test rows ask about the same facts in other
-words, or about other lists.
+words, or about other lists.  A third method, `told-the-task` (ablations.py), reads nothing: it is told which of the
+tasks a row is of.  That is what reading would be worth if it told all tasks apart.
 
 The two frozen models are the shipped one, which has never seen an answer ("never tuned"), and the same after full
 fine-tuning on 64 other tasks, of other questions and other moods ("tuned on other tasks").
@@ -109,7 +110,9 @@ def tuned_on_other_tasks(folder: str) -> str:
     return model_folder
 
 
+METHODS = ("iapt", "constants", "told-the-task")
 PARTS = ("constants minus iapt", "facts", "lists", "the 4 tasks in all", "another instruction")
+TOLD_PARTS = ("constants minus told", "told: facts", "told: lists")
 
 
 def measured(folder: str) -> dict:
@@ -117,6 +120,7 @@ def measured(folder: str) -> dict:
 
     PARTS are differences of loss: all test rows; those about facts; about lists of words; of the four tasks that all
     numbers of tasks have; and what IAPT loses if it reads another row's instruction, which may be of the same task.
+    TOLD_PARTS are the first three for constants minus `told-the-task`, where that was trained.
     """
     rows = read_json(os.path.join(folder, "compare.json"))["rows"]
     scores = Scores(os.path.join(folder, "scores.npz"))
@@ -125,28 +129,30 @@ def measured(folder: str) -> dict:
     facts = np.isin(question, list(FACTS))
     in_all = np.isin(question, QUESTIONS[:2]) & np.isin(mood, [*MOODS][:2])
 
-    def constants_minus_iapt(where):
-        return difference([nats[where] for nats in constants], [nats[where] for nats in iapt], tokens[where])
+    def constants_minus(other, where):
+        return difference([nats[where] for nats in constants], [nats[where] for nats in other], tokens[where])
 
-    parts = [constants_minus_iapt(where) for where in (tokens > 0, facts, ~facts, in_all)]
+    parts = [constants_minus(iapt, where) for where in (tokens > 0, facts, ~facts, in_all)]
     parts.append(difference(scores.get("iapt", "test", "swapped"), iapt, tokens, same_runs=True))
+    if "told-the-task" in scores.seeds:
+        parts += [constants_minus(scores.get("told-the-task", "test"), where) for where in (tokens > 0, facts, ~facts)]
     return {
         "trained": {row["method"]: row["trainable"] for row in rows},
         "lr": {row["method"]: row["lr"] for row in rows},
-        "nats": {name: scores.nats(name, "test") for name in ("frozen", "iapt", "constants")},
-        "exact": {name: scores.exact(name, "test") for name in ("frozen", "iapt", "constants")},
-        **dict(zip(PARTS, parts)),
+        "nats": {name: scores.nats(name, "test") for name in scores.seeds},
+        "exact": {name: scores.exact(name, "test") for name in scores.seeds},
+        **dict(zip(PARTS + TOLD_PARTS, parts)),
         "validation": {row["method"]: row["curves"] for row in rows},  # [step, loss] of each seed
     }
 
 
 def table(cells: list[dict]) -> Iterator[str]:
-    """The cells as a table in Markdown: nats per token (rows answered exactly), PARTS with 95 % intervals."""
-    yield "| a model | tasks | steps | constants | IAPT | " + " | ".join(PARTS) + " |"
-    yield "|---|---|---|---|---|" + "---|" * len(PARTS)
+    """The cells as a table in Markdown: nats per token (rows answered exactly), parts with 95 % intervals."""
+    yield "| a model | tasks | steps | " + " | ".join(METHODS + PARTS + TOLD_PARTS) + " |"
+    yield "|---|---|---|" + "---|" * len(METHODS + PARTS + TOLD_PARTS)
     for cell in sorted(cells, key=lambda cell: (cell["model"], cell["steps"], cell["tasks"])):
-        scores = [f"{cell['nats'][x]:.3f} ({cell['exact'][x]:.1f} %)" for x in ("constants", "iapt")]
-        scores += [interval(*cell[part]) for part in PARTS]
+        scores = [f"{cell['nats'][x]:.3f} ({cell['exact'][x]:.1f} %)" if x in cell["nats"] else "" for x in METHODS]
+        scores += [interval(*cell[part]) if part in cell else "" for part in PARTS + TOLD_PARTS]
         yield f"| {cell['model']} | {cell['tasks']} | {cell['steps']:,} | {' | '.join(scores)} |"
 
 
@@ -175,8 +181,9 @@ def main(argv: list[str] | None = None):
             folder = os.path.join(args.out, f"{os.path.basename(init)}-{tasks}-tasks-{args.steps}-steps")
             print(f"\n{tasks} tasks, {args.steps} steps, a model {model}:\n")
             compare.main([
-                "tiny", "--methods", "iapt,constants", "--rates", *map(str, args.rates), "--init", init, "--data", data,
-                "--steps", str(args.steps), "--seeds", str(args.seeds), "--jobs", str(args.jobs), "--out", folder,
+                "tiny", "--methods", ",".join(METHODS), "--rates", *map(str, args.rates), "--init", init,
+                "--data", data, "--steps", str(args.steps), "--seeds", str(args.seeds), "--jobs", str(args.jobs),
+                "--out", folder,
             ])  # fmt: skip
             where = {"model": model, "tasks": tasks, "steps": args.steps}
             cells = [cell for cell in cells if not where.items() <= cell.items()]

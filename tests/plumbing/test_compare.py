@@ -388,11 +388,13 @@ CELL = {
 }
 
 
-def test_a_cell_says_on_which_rows_reading_pays(tmp_path):
-    """Constants lose a nat a token on lists alone; another instruction costs two everywhere."""
+@pytest.mark.parametrize("told", [False, True])
+def test_a_cell_says_on_which_rows_reading_pays(tmp_path, told):
+    """Constants lose a nat a token on lists alone; another instruction costs two everywhere; told gains three more."""
     names = np.array(["capital short", "reverse short", "spanish slow", "last polite"] * 10)
     lists, arrays = np.isin(names, ["reverse short", "last polite"]), {}
-    for name, nats in (("frozen", 9.0), ("iapt", 1.0), ("constants", 1.0 + lists)):
+    nats_of = {"frozen": 9.0, "iapt": 1.0, "constants": 1.0 + lists, **({"told-the-task": -2.0} if told else {})}
+    for name, nats in nats_of.items():
         arrays[f"{name}/0/test/nats"] = nats * np.ones(40)
         arrays[f"{name}/0/test/wrong"], arrays[f"{name}/0/test/tokens"] = np.zeros(40), np.ones(40)
         arrays[f"{name}/0/test/family"] = names
@@ -401,13 +403,20 @@ def test_a_cell_says_on_which_rows_reading_pays(tmp_path):
     rows = [{"method": name, "trainable": 5, "lr": 0.1, "curves": []} for name in ("iapt", "constants")]
     write_json(str(tmp_path / "compare.json"), {"rows": rows})
     cell = tasks.measured(str(tmp_path))
-    means = {part: cell[part][0] for part in tasks.PARTS}
-    assert means == pytest.approx(dict(zip(tasks.PARTS, (0.5, 0.0, 1.0, 0.5, 2.0))))
+    parts = tasks.PARTS + tasks.TOLD_PARTS if told else tasks.PARTS
+    means = {part: cell[part][0] for part in (*tasks.PARTS, *tasks.TOLD_PARTS) if part in cell}
+    assert means == pytest.approx(dict(zip(parts, (0.5, 0.0, 1.0, 0.5, 2.0, 3.5, 3.0, 4.0))))
 
 
 def test_the_table_of_tasks_has_a_line_for_each_cell():
-    _, _, line = tasks.table([{"model": "never tuned", "tasks": 4, "steps": 800, **CELL}])
+    cell = {"model": "never tuned", "tasks": 4, "steps": 800, **CELL}
+    head, _, line = tasks.table([cell])
     assert line.startswith("| never tuned | 4 | 800 | 1.000 (1.0 %) |") and line.count("+0.100 (+0.050 to +0.200)") == 5
+    told = dict.fromkeys(tasks.TOLD_PARTS, [0.1, 0.05, 0.2])
+    _, _, longer = tasks.table([{**cell, **told, "nats": {**CELL["nats"], "told-the-task": 2.0},
+                                 "exact": {**CELL["exact"], "told-the-task": 3.0}}])  # fmt: skip
+    assert "2.000 (3.0 %)" in longer and longer.count("+0.100 (+0.050 to +0.200)") == 8
+    assert head.count("|") == line.count("|") == longer.count("|")
 
 
 def test_a_number_of_tasks_measured_again_takes_the_old_cell_s_place(tmp_path, monkeypatch):
