@@ -308,7 +308,10 @@ def read_results(path: str, command: str):
 
 
 def plot_tasks(args: Namespace, path: str):
-    """The loss of constants minus that of IAPT: against the number of tasks, and at 64 tasks against steps."""
+    """The loss of constants minus that of IAPT: against the number of tasks, and at 64 tasks against steps.
+
+    Dashed: constants minus the form that is told the task, where that was trained.
+    """
     plt = pyplot()
     cells = read_results(args.runs[0], "python -m experiments.tasks")
     try:
@@ -324,6 +327,8 @@ def plot_tasks(args: Namespace, path: str):
             mean, low, high = c["constants minus iapt"]
             left.errorbar(c["tasks"], mean, [[mean - low], [high - mean]], marker="o", capsize=3, color=color)
         left.plot([c["tasks"] for c in own], [c["constants minus iapt"][0] for c in own], color=color, label=model)
+        if told := [(c["tasks"], c["constants minus told"][0]) for c in own if "constants minus told" in c]:
+            left.plot(*zip(*told), color=color, linestyle="--", marker="x")
         if model in longest:
             iapt, constants = (mean_curve(longest[model]["validation"][name]) for name in ("iapt", "constants"))
             right.plot(list(iapt), [constants[step] - iapt[step] for step in iapt], marker="o", color=color)
@@ -332,6 +337,8 @@ def plot_tasks(args: Namespace, path: str):
     left.set(xscale="log", xlabel=f"tasks ({steps} steps, test rows)", ylabel="constants minus IAPT (nats)")
     left.set_xticks([4, 16, 64], ["4", "16", "64"])
     left.minorticks_off()
+    if any("constants minus told" in c for c in cells):
+        left.plot([], [], color=GREY, linestyle="--", marker="x", label="... if told the task")
     left.legend(title="a model", loc="upper left")
     right.set(xlabel="steps (64 tasks, validation rows)")
     save(figure, path)

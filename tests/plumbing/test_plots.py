@@ -114,7 +114,8 @@ def arguments(plot, runs, folder):
     (folder / "serve.json").write_text(json.dumps({"rows": table}))
     curves = {"iapt": [[[1, 2.0], [2, 1.0]]], "constants": [[[1, 2.0], [2, 1.5]]]}
     cell = {"steps": 2, "constants minus iapt": [0.5, 0.4, 0.6], "validation": curves}
-    table = [{**cell, "model": model, "tasks": tasks} for model in ("a", "b") for tasks in (4, 64)]
+    told = {"constants minus told": [0.7, 0.6, 0.8]}
+    table = [{**cell, "model": model, "tasks": n, **(told if model == "a" else {})} for model in "ab" for n in (4, 64)]
     (folder / "tasks.json").write_text(json.dumps(table))
     special = {"reads": [runs["iapt"], "the past of go ?"], "curves": list(runs.values())}
     special |= {name: [str(folder / f"{name}.json")] for name in ("serve", "tasks")}
