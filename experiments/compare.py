@@ -189,7 +189,7 @@ def train_one(options: list[str], own: list[str], folder: str) -> dict:
 def tell_tasks(tuner: Tuner, session: train.Session):
     """A method that is told the task of each row (ablations.ToldTheTask) learns here which row has which."""
     if isinstance(tuner, ToldTheTask):
-        tuner.tell(session.model, session.rows, session.examples)
+        tuner.tell(session.rows, session.examples)
 
 
 def score_one(options: list[str], own: list[str], folder: str) -> str:

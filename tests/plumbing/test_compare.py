@@ -210,7 +210,9 @@ def test_a_generator_that_is_told_the_task_reads_nothing_else(model):
     rows, examples = known_tasks([3, 1, 4], [2, 7, 1])
     rows["test"] = [{"task": "1"}, {"task": "new"}]
     examples["test"] = [train.Example([5, 5], [1]), train.Example([6], [1])]
-    tuner.tell(model, rows, examples)
+    tuner.tell(rows, examples)
+
+    tuner.attach(model)
 
     def written(prompt):
         idx = torch.tensor([[*prompt, 9, 9]])
@@ -222,8 +224,15 @@ def test_a_generator_that_is_told_the_task_reads_nothing_else(model):
     assert torch.equal(written([2, 7, 1]), written([5, 5]))
     assert not torch.allclose(written([2, 7, 1]), written([3, 1, 4]))
     assert torch.equal(written([6]), written([8, 8]))
+    tuner.detach()
+    with pytest.raises(ValueError, match="rows of two tasks have one prompt"):
+        tuner.tell(*known_tasks([5], [5]))
+    with pytest.raises(ValueError, match="wants rows with a task"):
+        tuner.tell({"train": [{}]}, examples)
+    with pytest.raises(RuntimeError, match="call tell first"):
+        METHODS["told-the-task"](model.config).embed(None, None)
     with pytest.raises(ValueError, match="3 tasks in the training rows: -o tasks=3"):
-        tuner.tell(model, *known_tasks([1], [2], [3]))
+        tuner.tell(*known_tasks([1], [2], [3]))
 
 
 @pytest.mark.parametrize("name", ablations.ABLATIONS)
@@ -235,7 +244,7 @@ def test_a_form_of_iapt_differs_from_it_in_one_thing_and_trains_all_that_it_has(
     tuner.attach(model)
     idx, instr = right_padded([6, 4], 9)
     if name == "told-the-task":
-        tuner.tell(model, *known_tasks(*(row[read].tolist() for row, read in zip(idx, instr))))
+        tuner.tell(*known_tasks(*(row[read].tolist() for row, read in zip(idx, instr))))
     starts_as_frozen = torch.allclose(model(idx, instr, tuner), model(idx), atol=1e-5)
     others = ("random-start", "joined", "paper-random-start")  # in joined, keys alone take attention from the words
     assert starts_as_frozen == (name not in others)
