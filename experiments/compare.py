@@ -44,7 +44,7 @@ from baselines import METHODS, build, spell_out
 from data import Example, evenly_spaced, p3
 from data.scores import score_examples
 from data.tokenizer import Tokenizer
-from experiments.ablations import ABLATIONS, ToldTheTask, mean_output, swapped_instruction
+from experiments.ablations import ABLATIONS, ToldTheTask, mean_output, swapped_instruction, swapped_within_tasks
 from experiments.bench import machine
 from experiments.report import DIVERGED, Scores, report
 from experiments.texts import bleu_and_rouge, distinct_instructions, import_metrics, write_answers
@@ -197,7 +197,8 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
 
     Its arrays are named TEST/nats, /wrong (tokens that greedy decoding gets wrong) and /tokens; "plain" is the text
     that has nothing to do with the task.  A method that reads the instruction is scored again with another row's
-    instruction (TEST/swapped) and with the mean of what it writes (TEST/mean).
+    instruction (TEST/swapped), with that of another row of the same task (TEST/within), and with the mean of what it
+    writes (TEST/mean).
     """
     path, options_file = os.path.join(folder, "scores.npz"), os.path.join(folder, "scored.json")
     if os.path.exists(path) and os.path.exists(options_file):
@@ -222,6 +223,9 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
                 with context:
                     for name in session.tests:
                         arrays[f"{name}/{control}"] = score_examples(model, sets[name], tuner)[0].float().numpy()
+            for name in session.tests:
+                within = swapped_within_tasks(tuner, model, sets[name], arrays[f"{name}/family"])
+                arrays[f"{name}/within"] = within.numpy()
     os.makedirs(folder, exist_ok=True)
     with replacing(path, "wb") as f:
         np.savez_compressed(f, **arrays)

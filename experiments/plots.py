@@ -334,11 +334,11 @@ def plot_tasks(args: Namespace, path: str):
             right.plot(list(iapt), [constants[step] - iapt[step] for step in iapt], marker="o", color=color)
     for axis in (left, right):
         axis.axhline(0, color=GREY, linewidth=0.8)
-    left.set(xscale="log", xlabel=f"tasks ({steps} steps, test rows)", ylabel="constants minus IAPT (nats)")
+    left.set(xscale="log", xlabel=f"tasks ({steps} steps, test rows)", ylabel="nats below constants")
     left.set_xticks([4, 16, 64], ["4", "16", "64"])
     left.minorticks_off()
     if any("constants minus told" in c for c in cells):
-        left.plot([], [], color=GREY, linestyle="--", marker="x", label="... if told the task")
+        left.plot([], [], color=GREY, linestyle="--", marker="x", label="told the task")
     left.legend(title="a model", loc="upper left")
     right.set(xlabel="steps (64 tasks, validation rows)")
     save(figure, path)

@@ -87,6 +87,13 @@ class Scores:
         return float(np.mean([[x[m].sum() / tokens[m].sum() for m in masks] for x in self.get(method, test)]))
 
 
+CONTROLS = {
+    "swapped": "another row's instruction",
+    "within": "the instruction of another row of the task",
+    "mean": "the mean of what it writes",
+}
+
+
 def report(rows: list[dict], scores: Scores, reference: str) -> Iterator[str]:
     """Tables in Markdown: scores, differences to the reference method, and the controls."""
     tests, plain = scores.tests, bool(scores.get("frozen", "plain"))
@@ -129,7 +136,7 @@ def report(rows: list[dict], scores: Scores, reference: str) -> Iterator[str]:
     yield "| at inference | " + " | ".join(tests) + " |"
     yield "|---|" + "---|" * len(tests)
     for name in (row["method"] for row in order):
-        for what, label in (("swapped", "another row's instruction"), ("mean", "the mean of what it writes")):
+        for what, label in CONTROLS.items():
             if scores.get(name, tests[0], what):
                 pairs = [(scores.get(name, t, what), scores.get(name, t), scores.tokens(t)) for t in tests]
                 cells = [interval(*difference(*pair, same_runs=True)) for pair in pairs]

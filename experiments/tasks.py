@@ -11,7 +11,7 @@ A task is a question (a capital, a word in Spanish, the reverse of a list, ...) 
 4, 16 and 64 tasks are 2 x 2, 4 x 4 and 8 x 8 questions and moods, the smaller sets part of the larger.  All have 6,400
 rows and the same steps, so with fewer tasks each is seen more often.  Test rows ask about the same facts in other
 words, or about other lists.  A third method, `told-the-task` (ablations.py), reads nothing: it is told which of the
-tasks a row is of.  That is what reading would be worth if it told all tasks apart.
+tasks a row is of.
 
 The two frozen models are the shipped one, which has never seen an answer ("never tuned"), and the same after full
 fine-tuning on 64 other tasks, of other questions and other moods ("tuned on other tasks").
@@ -116,7 +116,7 @@ TOLD_PARTS = ("constants minus told", "told: facts", "told: lists")
 
 
 def measured(folder: str) -> dict:
-    """What a finished comparison says: the loss of both methods, and what reading the instruction is worth.
+    """What a finished comparison says: the loss of each method, and what reading the instruction is worth.
 
     PARTS are differences of loss: all test rows; those about facts; about lists of words; of the four tasks that all
     numbers of tasks have; and what IAPT loses if it reads another row's instruction, which may be of the same task.

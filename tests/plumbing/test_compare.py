@@ -12,6 +12,7 @@ import train
 from baselines import METHODS
 from data import TINY, load_splits
 from data.files import write_rows
+from data.scores import score_examples
 from data.tokenizer import pieces
 from experiments import ablations, compare, tasks, texts
 from experiments.compare import ROWS, Comparison, count, sized
@@ -196,6 +197,20 @@ def test_the_controls_are_what_they_are_called_and_leave_nothing_behind(model):
     with ablations.mean_output(tuner, model, same):
         torch.testing.assert_close(model(prompt, every, tuner), wanted, atol=1e-5, rtol=1e-5)
     assert torch.equal(model(idx, instr, tuner), before)
+
+
+def test_an_instruction_is_swapped_with_one_of_the_same_task(model):
+    """Alone in its task, a row keeps its own; two of a task swap, whatever other rows there are."""
+    tuner = shake(small_tuner("iapt", model), 0.3)
+    prompts = [[3, 1, 4, 1], [2, 7, 1, 8], [9, 9, 9, 9]]
+    examples = [train.Example(prompt, [5, 9]) for prompt in prompts]
+    own = score_examples(model, examples, tuner)[0].float()
+    within = ablations.swapped_within_tasks(tuner, model, examples, ["a", "b", "a"])
+    assert within[1] == pytest.approx(own[1].item()) and not torch.allclose(within, own)
+    pair = [examples[0], examples[2]]
+    with ablations.swapped_instruction(tuner):
+        swapped = score_examples(model, pair, tuner)[0].float()
+    torch.testing.assert_close(within[[0, 2]], swapped)
 
 
 def known_tasks(*prompts):
