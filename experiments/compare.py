@@ -150,6 +150,14 @@ def open_session(options: tuple[str, ...]) -> train.Session:
     return train.open_session(args, device, dtype)
 
 
+def new_tuner(args: Namespace, session: train.Session) -> tuple[Tuner, dict]:
+    """train.new_tuner; the form that is told the task of each row learns here which row has which."""
+    tuner, meta = train.new_tuner(args, session)
+    if isinstance(tuner, ToldTheTask):
+        tuner.tell(session.rows, session.examples)
+    return tuner, meta
+
+
 def train_one(options: list[str], own: list[str], folder: str) -> dict:
     """Train, or continue; leaves trained.json.  `own` are the options of this run beside those of the table."""
     path = os.path.join(folder, "trained.json")
@@ -159,8 +167,7 @@ def train_one(options: list[str], own: list[str], folder: str) -> dict:
     files = RunFolder(folder)
     args = train.parse([*options, *own, "--out", folder, "--resume" if files.can_resume() else "--force"])
     files.lock(args.force)
-    tuner, meta = train.new_tuner(args, session)
-    tell_tasks(tuner, session)
+    tuner, meta = new_tuner(args, session)
     if session.model.wte.weight.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     clock = time.perf_counter()
@@ -184,12 +191,6 @@ def train_one(options: list[str], own: list[str], folder: str) -> dict:
         if os.path.exists(name):
             os.remove(name)
     return result
-
-
-def tell_tasks(tuner: Tuner, session: train.Session):
-    """A method that is told the task of each row (ablations.ToldTheTask) learns here which row has which."""
-    if isinstance(tuner, ToldTheTask):
-        tuner.tell(session.rows, session.examples)
 
 
 def score_one(options: list[str], own: list[str], folder: str) -> str:
@@ -224,8 +225,9 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
                     for name in session.tests:
                         arrays[f"{name}/{control}"] = score_examples(model, sets[name], tuner)[0].float().numpy()
             for name in session.tests:
-                within = swapped_within_tasks(tuner, model, sets[name], arrays[f"{name}/family"])
-                arrays[f"{name}/within"] = within.numpy()
+                tasks = arrays[f"{name}/family"]
+                if len(set(tasks)) > 1:  # of one task, that would be TEST/swapped again
+                    arrays[f"{name}/within"] = swapped_within_tasks(tuner, model, sets[name], tasks).numpy()
     os.makedirs(folder, exist_ok=True)
     with replacing(path, "wb") as f:
         np.savez_compressed(f, **arrays)
@@ -238,8 +240,7 @@ def tuned(options: list[str], own: list[str], folder: str) -> Iterator[tuple[tra
     """The session, and the tuner of the run in a folder, attached; None if there is no run: the frozen model."""
     session, tuner = open_session(tuple(options)), None
     if os.path.exists(best := os.path.join(folder, "best.pt")):
-        tuner, _ = train.new_tuner(train.parse([*options, *own, "--out", folder, "--resume"]), session)
-        tell_tasks(tuner, session)
+        tuner, _ = new_tuner(train.parse([*options, *own, "--out", folder, "--resume"]), session)
         load_into(tuner, load_checkpoint(best), best)
         tuner.attach(session.model)
         tuner.eval()

@@ -137,9 +137,12 @@ def report(rows: list[dict], scores: Scores, reference: str) -> Iterator[str]:
     yield "|---|" + "---|" * len(tests)
     for name in (row["method"] for row in order):
         for what, label in CONTROLS.items():
-            if scores.get(name, tests[0], what):
-                pairs = [(scores.get(name, t, what), scores.get(name, t), scores.tokens(t)) for t in tests]
-                cells = [interval(*difference(*pair, same_runs=True)) for pair in pairs]
+            runs = {t: scores.get(name, t, what) for t in tests}
+            if any(runs.values()):
+                cells = [
+                    interval(*difference(x, scores.get(name, t), scores.tokens(t), same_runs=True)) if x else "–"
+                    for t, x in runs.items()
+                ]
                 yield f"| {name}: {label} | {' | '.join(cells)} |"
     written = {row["method"]: row["texts"] for row in rows if "texts" in row}
     if written:

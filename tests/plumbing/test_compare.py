@@ -226,7 +226,6 @@ def test_a_generator_that_is_told_the_task_reads_nothing_else(model):
     rows["test"] = [{"task": "1"}, {"task": "new"}]
     examples["test"] = [train.Example([5, 5], [1]), train.Example([6], [1])]
     tuner.tell(rows, examples)
-
     tuner.attach(model)
 
     def written(prompt):
@@ -239,6 +238,7 @@ def test_a_generator_that_is_told_the_task_reads_nothing_else(model):
     assert torch.equal(written([2, 7, 1]), written([5, 5]))
     assert not torch.allclose(written([2, 7, 1]), written([3, 1, 4]))
     assert torch.equal(written([6]), written([8, 8]))
+    assert not torch.allclose(written([6]), written([2, 7, 1]))  # whose row is the table's last
     tuner.detach()
     with pytest.raises(ValueError, match="rows of two tasks have one prompt"):
         tuner.tell(*known_tasks([5], [5]))
@@ -312,6 +312,21 @@ def test_the_table_says_who_is_better_on_the_same_rows(tmp_path):
     assert any(line.startswith("| constants | +0.500 (+0.500 to +0.500)") for line in lines)
     assert "| frozen | 1.0 | 2.0 |" in lines
     assert any(line.startswith("| iapt: another row's instruction | +0.250") for line in lines)
+
+
+def test_a_control_that_a_test_set_lacks_is_a_dash(tmp_path):
+    """Where all rows are of one task, none can be swapped within it."""
+    arrays = {}
+    for test in ("test", "test_new"):
+        for name in ("frozen", "iapt"):
+            for what, value in (("nats", 1.0), ("wrong", 0), ("tokens", 1)):
+                arrays[f"{name}/0/{test}/{what}"] = np.full(50, value)
+            arrays[f"{name}/0/{test}/family"] = np.array(["x"] * 50)
+    arrays["iapt/0/test_new/within"] = np.full(50, 1.5)
+    np.savez(tmp_path / "scores.npz", **arrays)
+    rows = [{"method": "iapt", "trainable": 5, "lr": 0.1}]
+    *_, line = report(rows, Scores(str(tmp_path / "scores.npz")), "iapt")
+    assert line == "| iapt: the instruction of another row of the task | – | +0.500 (+0.500 to +0.500) |"
 
 
 @pytest.mark.parametrize(
