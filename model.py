@@ -147,7 +147,8 @@ class Attention(nn.Module):
         if separate is not None:
             k, v, keep = separate.k.to(q.dtype), separate.v.to(q.dtype), separate.keep
             keep = None if keep is None else keep[:, None, None]  # (B, 1, 1, P)
-            y = y + F.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=self.grouped)
+            folded = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # nothing is causal: a group's heads can be one
+            y = y + F.scaled_dot_product_attention(folded, k, v, attn_mask=keep).reshape_as(y)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -276,12 +277,6 @@ class Tuner(nn.Module):
 
 
 NO_TUNER = Tuner()  # the frozen model alone
-
-
-def split_kv(s: Tensor, head_dim: int) -> Soft:
-    """(B, P, 2 G D) -> keys and values (B, G, P, D)."""
-    k, v = s.unflatten(-1, (2, -1, head_dim)).permute(2, 0, 3, 1, 4)
-    return Soft(k, v)
 
 
 class CachedLayer(NamedTuple):

@@ -18,7 +18,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Block, Config, Decoder, Embedded, Soft, Tuner, split_kv
+from model import Block, Config, Decoder, Embedded, Soft, Tuner
+
+
+def split_kv(s: Tensor, head_dim: int) -> Soft:
+    """(B, P, 2 G D) -> keys and values (B, G, P, D)."""
+    k, v = s.unflatten(-1, (2, -1, head_dim)).permute(2, 0, 3, 1, 4)
+    return Soft(k, v)
 
 
 class PTuning2(Tuner):
