@@ -47,7 +47,7 @@ class OwnDown(IAPT):
 
 
 class TaskTable(Generator):
-    """In place of what is read: a row of a learned table, which all layers share."""
+    """In place of what is read: a row of a table, which all layers share."""
 
     def pool(self, x: Tensor, instr: Tensor) -> Tensor:
         """Here x (B,) are numbers of tasks, -1 for an unknown one, whose row is zero -> Q (B, P, m)."""
@@ -58,14 +58,16 @@ class TaskTable(Generator):
 class ToldTheTask(IAPT):
     """It is told which task a row is of, and reads nothing: what is it worth to know the task?
 
-    `tell` says which prompt is of which task.  A prompt that it has not named has none.
+    `tell` says which prompt is of which task.  A prompt that it has not named has none.  learned = 0: each task keeps
+    the random Q that it started with, so tasks that are alike cannot come to have a similar one.
     """
 
     generator = TaskTable
 
-    def __init__(self, config: Config, P: int = 4, m: int = 0, repeat: int = 3, tasks: int = 64):
+    def __init__(self, config: Config, P: int = 4, m: int = 0, repeat: int = 3, tasks: int = 64, learned: bool = True):
         super().__init__(config, P, m, repeat)
-        table = nn.Parameter(torch.randn(tasks, P, self.generators[0].up.in_features))
+        table = torch.randn(tasks, P, self.generators[0].up.in_features)
+        table = nn.Parameter(table) if learned else nn.Buffer(table)
         for generator in self.generators:
             generator.table, generator.down, generator.w_sa = table, None, None
         self.task_of_prompt = {}
@@ -106,9 +108,9 @@ class ToldTheTask(IAPT):
     def groups(self, lr: float) -> list[dict]:
         """The table learns at the constants' rate: at the generator's, the form is no better than IAPT (LOG.md)."""
         rest, constants, coefficients = super().groups(lr)
-        table = self.generators[0].table
-        rest["params"] = [p for p in rest["params"] if p is not table]
-        return [rest, constants | {"params": [table, *constants["params"]]}, coefficients]
+        tables = [p for p in rest["params"] if p is self.generators[0].table]  # none, if it does not learn
+        rest["params"] = [p for p in rest["params"] if p is not self.generators[0].table]
+        return [rest, constants | {"params": [*tables, *constants["params"]]}, coefficients]
 
 
 class PaperRandomStart(PaperIAPT):

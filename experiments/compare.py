@@ -112,6 +112,7 @@ ROWS = {
     "gelu": Row("iapt", "activation=gelu", "m"),
 }
 ROWS.update({name: Row(name, "", "m") for name in ABLATIONS})
+ROWS["told-fixed"] = Row("told-the-task", "learned=0", "m")
 RATES = (0.25, 0.5, 1.0, 2.0)
 
 

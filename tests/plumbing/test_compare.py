@@ -250,6 +250,13 @@ def test_a_generator_that_is_told_the_task_reads_nothing_else(model):
         tuner.tell(*known_tasks([1], [2], [3]))
 
 
+def test_codes_of_tasks_that_do_not_learn_are_saved_but_not_trained(model):
+    learned, fixed = (METHODS["told-the-task"](model.config, learned=x) for x in (True, False))
+    assert learned.state_dict().keys() == fixed.state_dict().keys()
+    assert dict(learned.named_parameters()).keys() - dict(fixed.named_parameters()).keys() == {"generators.0.table"}
+    assert sum(len(group["params"]) for group in fixed.groups(1.0)) == len(list(fixed.parameters()))
+
+
 @pytest.mark.parametrize("name", ablations.ABLATIONS)
 def test_a_form_of_iapt_differs_from_it_in_one_thing_and_trains_all_that_it_has(model, name):
     """All of them start as the frozen model, but for those whose point it is not to."""
