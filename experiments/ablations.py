@@ -108,9 +108,10 @@ class ToldTheTask(IAPT):
     def groups(self, lr: float) -> list[dict]:
         """The table learns at the constants' rate: at the generator's, the form is no better than IAPT (LOG.md)."""
         rest, constants, coefficients = super().groups(lr)
-        tables = [p for p in rest["params"] if p is self.generators[0].table]  # none, if it does not learn
-        rest["params"] = [p for p in rest["params"] if p is not self.generators[0].table]
-        return [rest, constants | {"params": [*tables, *constants["params"]]}, coefficients]
+        table = self.generators[0].table
+        rest["params"] = [p for p in rest["params"] if p is not table]
+        codes = [table] if table.requires_grad else []
+        return [rest, constants | {"params": [*codes, *constants["params"]]}, coefficients]
 
 
 class PaperRandomStart(PaperIAPT):
