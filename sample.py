@@ -27,6 +27,7 @@ from iapt import IAPT, PaperIAPT
 from model import Cache, Decoder, Tuner
 from plumbing.checkpoint import load_checkpoint, load_into
 from plumbing.cli import Parser, UsageError, add_device_options, at_least, pick_device, run, shade_words
+from plumbing.compiling import compiled_step
 from plumbing.hub import find_model
 from plumbing.pretrained import fingerprint, load_pretrained, read_config
 
@@ -93,7 +94,7 @@ def generate(
     max_new    new tokens a row, at most
     stop       id at which a row ends (it is left out of the result); None: no such id
     beams      width of a beam search, see `beam_search`; 1: none
-    step       takes the place of model.step, see `compiled_step`
+    step       takes the place of model.step, see plumbing/compiling.py
     sampling   temperature, top_k, top_p of `sample_token`
     """
     longest = max(map(len, prompts), default=0)
@@ -187,25 +188,6 @@ def beam_search(
         cache.select_rows((first + beam).flatten())
         logits = step(new.flatten(), cache)
     return [[t for t in row if t not in (-1, stop)] for row in tokens[:, 0].tolist()]
-
-
-def compiled_step(model: Decoder) -> Callable[[Tensor, Cache], Tensor]:
-    """`model.step`, compiled in one graph when it is first called; on a GPU, a CUDA graph.
-
-    The weights become constants, packed for a CPU's matrix products: no weight may change after it.
-    """
-    import torch._inductor.config as inductor
-
-    quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
-    options = {name: value for name, value in quiet.items() if hasattr(inductor, name)}  # older PyTorch lacks one
-    options |= {"max_autotune": True, "triton.cudagraphs": model.wte.weight.is_cuda}
-    step = torch.compile(model.step, fullgraph=True, options=options)
-
-    def frozen_step(idx, cache):
-        with inductor.patch(freezing=True):  # as an option of torch.compile it has no effect
-            return step(idx, cache)
-
-    return frozen_step
 
 
 def answer(

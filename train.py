@@ -17,7 +17,6 @@ import shlex
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,6 +32,7 @@ from model import Decoder, Tuner
 from plumbing import distributed
 from plumbing.checkpoint import RunFolder, load_checkpoint, load_into, save_tuner, warm_start
 from plumbing.cli import Parser, SignalGuard, UsageError, add_device_options, at_least, pick_device, run
+from plumbing.compiling import compile_parts
 from plumbing.files import copy_tokenizer
 from plumbing.hub import find_model
 from plumbing.pretrained import fingerprint, save_pretrained
@@ -71,7 +71,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--eval-every", type=at_least(1), default=100, help="steps between validations, each of which saves")
     add("--save-every", type=at_least(0), default=0, help="steps between further saves; 0: none")
     add_device_options(parser)
-    add("--compile", action=BooleanOptionalAction, default=False, help="torch.compile the model")
+    add("--compile", action=BooleanOptionalAction, default=False, help="torch.compile blocks and generators")
     add("--grad-accum", type=at_least(1), default=1, help="split each step into N micro-batches: less memory")
     add("--checkpoint", action="store_true", help="recompute activations in the backward pass: less memory")
     add("--shard", action="store_true", help="under torchrun: spread the frozen weights over the processes")
@@ -93,8 +93,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
 def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args: Namespace, meta: dict) -> dict:
     """Train `tuner`, which is attached, on examples["train"].  Returns the content of best.pt.
 
-    A step depends only on the seed, its number, and what the steps before it left.  So a run that is resumed is the
-    run that was never stopped.
+    A step depends only on the seed, its number, and what the steps before it left: a resumed run is the one that was
+    never stopped.
     """
     folder = RunFolder(args.out)
     batches = Batches(examples["train"], args.batch_size, args.seed, model.config.block_size, model.wte.weight.device)
@@ -110,7 +110,8 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
     if distributed.RANK == 0:
         folder.truncate_log(state["step"])
     model.checkpointing = args.checkpoint
-    hidden = torch.compile(model.hidden) if args.compile else model.hidden
+    if args.compile:
+        compile_parts(model, tuner)
 
     def save():
         if distributed.RANK == 0:
@@ -134,7 +135,7 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
 
             # 2. The gradient, summed over micro-batches and processes.
             optimizer.zero_grad()
-            loss, n = add_gradients(model, hidden, tuner, batches.batch(step), args.grad_accum)
+            loss, n = add_gradients(model, tuner, batches.batch(step), args.grad_accum)
             loss, n, stop = distributed.all_reduce_grads(tuner.parameters(), loss, n, guard.stop_requested)
             folder.assert_finite(loss, step, args.lr)
 
@@ -171,16 +172,13 @@ def schedule(step: int, steps: int) -> float:
     return min((step + 1) / max(1, 0.06 * steps), 1 - step / steps)
 
 
-def add_gradients(model: Decoder, hidden: Callable, tuner: Tuner, batch: Batch, parts: int) -> tuple[float, int]:
-    """Add this process's share of the gradient of a batch's mean loss; `hidden` is model.hidden, perhaps compiled.
-
-    Returns its share of the loss, and the number of tokens that it has read, without the padding.
-    """
+def add_gradients(model: Decoder, tuner: Tuner, batch: Batch, parts: int) -> tuple[float, int]:
+    """Add this process's share of a batch's gradient; return that of the mean loss, and how many tokens it has read."""
     targets_in_batch, loss = (batch.targets >= 0).sum(), 0.0
     batch = distributed.local_rows(batch)
     for idx, targets, instr in zip(*(x.chunk(parts) for x in batch)):
-        share = (targets >= 0).sum() / targets_in_batch  # model.loss is the mean over this micro-batch
-        part = model.loss(hidden(idx, instr, tuner), targets) * share
+        share = (targets >= 0).sum() / targets_in_batch  # the loss is the mean over this micro-batch
+        part = model(idx, instr, tuner, targets) * share
         part.backward()
         loss += part.item()
     return loss, (batch.instr | (batch.targets >= 0)).sum().item()

@@ -40,10 +40,11 @@ from baselines.tenants import Tenants
 from iapt import Rational, RationalFunction, rational, rational_backward
 from model import NO_TUNER, Config, Decoder, Embedded, Tuner
 from plumbing.cli import Parser, add_device_options, at_least, pick_device, run
+from plumbing.compiling import compiled_step
 from plumbing.files import replacing, write_json
 from plumbing.hub import find_model
 from plumbing.pretrained import load_pretrained, write_config
-from sample import compiled_step, generate
+from sample import generate
 
 # -- Timing ------------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from conftest import ARCHS, right_padded, small_model, small_tuner
 
 from baselines import METHODS, build
 from plumbing.checkpoint import load_checkpoint, save_tuner
+from plumbing.compiling import compile_parts
 from sample import generate
 
 # Options beyond the defaults that the tests below should see too.
@@ -151,8 +152,8 @@ TRACED = [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) 
 
 @pytest.mark.parametrize("tuned", TRACED, indirect=True, ids=lambda case: "-".join(filter(None, case)))
 def test_compiled_equals_eager(tuned):
-    """The hidden states and their gradients, in one graph.  aot_eager traces forward and backward as inductor does, in
-    seconds.
+    """The hidden states and their gradients, as `train.py --compile` computes them.  aot_eager traces forward and
+    backward as inductor does, in seconds.
     """
     model, tuner = tuned.model, tuned.tuner
     idx, instr = right_padded([6, 4], 12)
@@ -161,9 +162,23 @@ def test_compiled_equals_eager(tuned):
     grads = {name: p.grad.clone() for name, p in tuner.named_parameters() if p.grad is not None}
     tuner.zero_grad()
     torch._dynamo.reset()
-    compiled = torch.compile(model.hidden, backend="aot_eager", fullgraph=True)(idx, instr, tuner)
+    compile_parts(model, tuner, backend="aot_eager", fullgraph=True)
+    compiled = model.hidden(idx, instr, tuner)
     compiled.square().sum().backward()
     torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
     for name, p in tuner.named_parameters():
         if name in grads:
             torch.testing.assert_close(p.grad, grads[name], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["iapt", "lora"])
+def test_however_many_layers_there_are_as_many_graphs_are_compiled(method):
+    """Each block has its own weights, and its own hooks: nothing of them may become a constant of a graph."""
+    graphs = {}
+    for layers in (3, 6):
+        model = small_model("llama", n_layer=layers)
+        tuner, graphs[layers] = small_tuner(method, model), []
+        torch._dynamo.reset()
+        compile_parts(model, tuner, backend=lambda graph, _, seen=graphs[layers]: seen.append(graph) or graph)
+        model.hidden(*right_padded([6, 4], 12), tuner).sum().backward()
+    assert len(graphs[3]) == len(graphs[6]) > 0

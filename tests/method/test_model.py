@@ -9,8 +9,9 @@ from conftest import right_padded, shared, small_model, small_tuner
 
 from data import Tokenizer
 from model import Config, Embedded, HeadLoss, Soft, Tuner, attention_mask, rotary
+from plumbing.compiling import compiled_step
 from plumbing.pretrained import load_pretrained
-from sample import beam_search, compiled_step, generate, sample_token
+from sample import beam_search, generate, sample_token
 
 # -- The decoder -------------------------------------------------------------------------------------------------------
 

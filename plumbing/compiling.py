@@ -1,0 +1,36 @@
+"""torch.compile, behind --compile of train.py and of sample.py."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from model import Cache, Decoder, Tuner
+
+
+def compile_parts(model: Decoder, tuner: Tuner, **settings):
+    """Compile each block of the model and each generator of the tuner, in place; settings are torch.compile's.
+
+    All blocks share their graphs, and so do all generators: a model of 30 blocks is compiled as fast as one of two.
+    """
+    for part in (*model.h, *getattr(tuner, "generators", ())):
+        part.compile(**settings)
+
+
+def compiled_step(model: Decoder) -> Callable[[Tensor, Cache], Tensor]:
+    """`model.step`, compiled in one graph when it is first called; on a GPU, a CUDA graph.
+
+    The weights become constants, packed for a CPU's matrix products: no weight may change after it.
+    """
+    import torch._inductor.config as inductor
+
+    quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+    options = {name: value for name, value in quiet.items() if hasattr(inductor, name)}  # older PyTorch lacks one
+    options |= {"max_autotune": True, "triton.cudagraphs": model.wte.weight.is_cuda}
+    step = torch.compile(model.step, fullgraph=True, options=options)
+
+    def frozen_step(idx, cache):
+        with inductor.patch(freezing=True):  # as an option of torch.compile it has no effect
+            return step(idx, cache)
+
+    return frozen_step
