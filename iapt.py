@@ -198,7 +198,7 @@ class NormedGenerator(Generator):
     def project(self, x: Tensor) -> Tensor:
         # Each token's state is scaled after the projection, so that no scaled copy of H is kept.
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return super().project(x) * (x.shape[-1] ** 0.5 / length.clamp_min(1e-6))
+        return super().project(x) * (x.shape[-1] ** 0.5 / (length + 1e-6))
 
     def pool(self, x: Tensor, instr: Tensor) -> Tensor:
         q = super().pool(x, instr)

@@ -17,7 +17,6 @@ Letters for shapes, here and everywhere: B rows of a batch, T tokens, P soft tok
 heads, D head size, V vocabulary, L layers.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -146,9 +145,11 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         if separate is not None:
             k, v, keep = separate.k.to(q.dtype), separate.v.to(q.dtype), separate.keep
-            keep = None if keep is None else keep[:, None, None]  # (B, 1, 1, P)
             folded = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # nothing is causal: a group's heads can be one
-            y = y + F.scaled_dot_product_attention(folded, k, v, attn_mask=keep).reshape_as(y)
+            scores = k * self.head_dim**-0.5 @ folded.mT  # (B, G, P, H/G T), as a softmax over the last is slower
+            if keep is not None:
+                scores = scores.masked_fill(~keep[:, None, :, None], float("-inf"))
+            y = y + (scores.softmax(2).mT @ v).reshape_as(y)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -361,7 +362,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
-        self.checkpointing = False  # True: a block's activations are computed again for the backward pass, not kept
+        self.checkpointing = False  # True: a layer's activations are computed again for the backward pass, not kept
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         self.wpe = nn.Embedding(c.block_size, c.n_embd) if c.arch == "gpt2" else None
         self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
@@ -399,14 +400,17 @@ class Decoder(nn.Module):
                 rope = rotary(self.config, real.cumsum(1) - real)
         if cache is not None:
             cache.at += x.shape[1] - T  # soft tokens among the embeddings take up room, but no positions
-        for l, block in enumerate(self.h):
-            joined, separate = tuner.soft(block, l, x, instr)
-            mask = attention_mask(x, visible, joined)
-            recompute = self.checkpointing and torch.is_grad_enabled()
-            run = functools.partial(checkpoint, block, use_reentrant=False) if recompute else block
-            x, k, v = run(x, rope, mask, joined, separate)
+
+        def layer(l: int, x: Tensor) -> Tensor:
+            joined, separate = tuner.soft(self.h[l], l, x, instr)
+            x, k, v = self.h[l](x, rope, attention_mask(x, visible, joined), joined, separate)
             if cache is not None:
                 cache.append(k, v, visible, joined, separate)
+            return x
+
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        for l in range(len(self.h)):
+            x = checkpoint(layer, l, x, use_reentrant=False) if recompute else layer(l, x)
         if at is not None:
             # What follows token t is read off the place before token t+1, where a soft token may stand.
             before_next = F.pad(at[:, 1:], (0, 1), value=x.shape[1]) - 1
