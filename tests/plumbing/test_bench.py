@@ -90,7 +90,7 @@ def test_our_steps_on_a_shared_model_are_those_of_each_method_alone(method):
     shared, before = small_model("llama"), small_model("llama").state_dict()
     steps = bench.our_steps(shared, idx, ["lora", "full", "iapt", "ptuning2", "adapter"])
     for step in steps.values():
-        bench.attached(step.module, shared, step)()
+        step()
     (step,) = (step for label, step in steps.items() if label.startswith(f"ours: {method}"))
     alone = small_model("llama")
     tuner = build(method, alone.config)
@@ -99,7 +99,7 @@ def test_our_steps_on_a_shared_model_are_those_of_each_method_alone(method):
     targets, instr = bench.targets_of(idx)
     alone(idx, instr, tuner, targets).backward()
     step.optimizer.zero_grad()
-    bench.attached(step.module, shared, step.backward)()
+    step.backward()
     for p, q in zip(step.module.parameters(), tuner.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     assert shared.state_dict().keys() == before.keys()
@@ -196,6 +196,16 @@ def test_rivals_from_the_hub_take_part(command, arch, monkeypatch, tmp_path):
     assert status == 0, text
     labels = [row.get("step", row.get("answers")) for row in saved_rows(tmp_path, command)]
     assert len(labels) == 8 and any("peft" in label for label in labels)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_measured_beside_the_plain_one(small, tmp_path):
+    sizes = ["--shapes", small, "--rows", "2", "--tokens", "6", "--rounds", "1", "--device", "cpu"]
+    methods = ["--methods", "iapt,full", "--no-hub"]
+    status, text = run_in(bench, "step", "--compile", *methods, *sizes, "--out", str(tmp_path))
+    assert status == 0, text
+    ours = [row["step"] for row in saved_rows(tmp_path, "step") if row["step"].startswith("ours")]
+    assert ours == ["ours: iapt", "ours: full, in fp32", "ours: iapt, compiled", "ours: full, in fp32, compiled"]
 
 
 @pytest.mark.slow
