@@ -84,7 +84,7 @@ class Soft(NamedTuple):
 
     def join(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put them behind the keys and values (B, G, T, D) of tokens: two of (B, G, T + P, D)."""
-        return torch.cat((k, self.k.to(k.dtype)), 2), torch.cat((v, self.v.to(v.dtype)), 2)
+        return torch.cat((k, self.k), 2), torch.cat((v, self.v), 2)
 
 
 def rotary(c: Config, pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ class Attention(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.head_dim, self.grouped = c.head_dim, c.n_kv_head < c.n_head
+        self.head_dim = c.head_dim
         self.q = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=c.attn_bias)
         self.k = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.attn_bias)
         self.v = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.attn_bias)
@@ -142,15 +142,17 @@ class Attention(nn.Module):
 
         `separate` soft tokens get a softmax of their own, and what it finds is added.
         """
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        shape, G = q.shape, k.shape[1]
+        if mask is not None and mask.shape[-2] == 1:  # one query a head: a group's heads can be one, which is faster
+            q = q.unflatten(1, (G, -1)).flatten(2, 3)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] > G)
         if separate is not None:
-            k, v, keep = separate.k.to(q.dtype), separate.v.to(q.dtype), separate.keep
-            folded = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # nothing is causal: a group's heads can be one
+            k, v, keep = separate
+            folded = q.unflatten(1, (G, -1)).flatten(2, 3)  # here, too, as nothing is causal
             scores = k * self.head_dim**-0.5 @ folded.mT  # (B, G, P, H/G T), as a softmax over the last is slower
-            if keep is not None:
-                scores = scores.masked_fill(~keep[:, None, :, None], float("-inf"))
+            scores = scores if keep is None else scores.masked_fill(~keep[:, None, :, None], float("-inf"))
             y = y + (scores.softmax(2).mT @ v).reshape_as(y)
-        return self.o(y.transpose(1, 2).flatten(2))
+        return self.o(y.reshape(shape).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -270,6 +272,7 @@ class Tuner(nn.Module):
     def soft(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Soft | None, Soft | None]:
         """Once a layer: soft tokens in the tokens' softmax (joined), and in one of their own (separate)."""
         soft = self.kv(block, l, x, instr)
+        soft = soft and Soft(soft.k.to(x.dtype), soft.v.to(x.dtype), soft.keep)  # learned in fp32
         return (None, soft) if self.separate else (soft, None)
 
     def groups(self, lr: float) -> list[dict]:
@@ -308,8 +311,6 @@ class Cache:
         if joined is not None:
             k, v = joined.join(k, v)
             mask = torch.cat((mask, joined.kept()), 1)
-        if separate is not None:
-            separate = Soft(separate.k.to(k.dtype), separate.v.to(v.dtype), separate.keep)
         self.layers.append(CachedLayer(k, v, mask[:, None, None], separate))
 
     def select_rows(self, rows: Tensor):
