@@ -25,6 +25,7 @@ import sys
 import time
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -111,6 +112,20 @@ def peak_memory(f: Callable, device: str) -> dict[str, str]:
     return {"peak MB": f"{peak / 1e6:,.0f}", "added MB": f"{(peak - before) / 1e6:,.0f}"}
 
 
+def kept_bytes(forward: Callable[[], Tensor], without: Iterable[Tensor]) -> int:
+    """Bytes that `forward` keeps for the backward pass, without the memory of some tensors: weights."""
+    kept, others = {}, {x.untyped_storage().data_ptr() for x in without}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y = forward()
+    del y  # only now: what is kept must not be freed, and its place used again, before all is counted
+    return sum(size for place, size in kept.items() if place not in others)
+
+
 def compare(rivals: dict[str, Callable], bases: dict[str, str], tokens: int, title: str, args: Namespace) -> dict:
     """Of {name: f that returns seconds}, {name: cells of a table}: times as multiples, tokens per second, memory.
 
@@ -184,17 +199,7 @@ def gradients(f: Callable, g: Tensor, *inputs: Tensor) -> list[Tensor]:
 
 def saved_bytes(f: Callable, *inputs: Tensor) -> int:
     """Bytes that f keeps for the backward pass, without the coefficients."""
-    storages = {}
-
-    def pack(x):
-        if x.numel() > 100:
-            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        y = f(*(x.detach().requires_grad_() for x in inputs))
-    del y  # only now: what is kept must not be freed, and its place used again, before all is counted
-    return sum(storages.values())
+    return kept_bytes(lambda: f(*(x.detach().requires_grad_() for x in inputs)), without=inputs[1:])
 
 
 def bench_rational(args: Namespace):
@@ -269,16 +274,12 @@ def random_tuner(method: str, model: Decoder, options: Iterable[str] = ()) -> Tu
     return tuner
 
 
-def attached(tuner: Tuner, model: Decoder, f: Callable) -> Callable:
-    """f with a tuner that is attached to the model during each call, and then no longer."""
-
-    def call():
-        tuner.attach(model)
-        result = f()
-        tuner.detach()
-        return result
-
-    return call
+@contextmanager
+def attached(tuner: Tuner, model: Decoder) -> Iterator[None]:
+    """A tuner is attached to the model, and then no longer: others share it."""
+    tuner.attach(model)
+    yield
+    tuner.detach()
 
 
 def hub_model(name: str, args: Namespace) -> nn.Module:
@@ -318,19 +319,26 @@ class Floor(Tuner):
 
 
 class TrainingStep:
-    """A call of `backward`, which adds gradients of a module's parameters, and then AdamW."""
+    """Forward pass (`loss`), backward pass and AdamW, for a module that is a model or, given one, a tuner of it."""
 
-    def __init__(self, module: nn.Module, backward: Callable[[], None]):
-        self.module = module
+    def __init__(self, module: nn.Module, loss: Callable[[], Tensor], model: Decoder | None = None):
+        self.module, self.loss = module, loss
+        self.weights = [*module.parameters(), *(model.parameters() if model else ())]
+        self.attached = functools.partial(attached, module, model) if model else nullcontext
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.trained = sum(p.numel() for p in parameters)
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-        self.backward = backward
 
     def __call__(self):
         self.optimizer.zero_grad()
-        self.backward()
+        with self.attached():
+            self.loss().backward()
         self.optimizer.step()
+
+    def kept(self) -> int:
+        """Bytes that the forward pass keeps for the backward pass, without weights."""
+        with self.attached():
+            return kept_bytes(self.loss, self.weights)
 
 
 def bench_step(args: Namespace):
@@ -353,8 +361,9 @@ def bench_step(args: Namespace):
         bases = {"time, of the floor's": FLOOR, "time, of IAPT's": "ours: iapt"}
         for label, cells in compare(rivals, bases, idx.numel(), name, args).items():
             row = {"shape": f"{name}, {args.rows} x {args.tokens}", "step": label}
-            rows.append({**row, "trained": f"{steps[label].trained:,}", **cells})
-    notes = ["Half of the tokens are instruction, half response."]
+            row |= {"trained": f"{steps[label].trained:,}", "kept MB": f"{steps[label].kept() / 1e6:,.0f}"}
+            rows.append(row | cells)
+    notes = ["Half of the tokens are instruction, half response.  kept: by the forward pass for the backward pass."]
     if args.checkpoint:
         notes.append("Ours recompute the activations of each block (--checkpoint), those of peft do not.")
     report(args, rows, notes)
@@ -381,30 +390,27 @@ def floor_steps(model: Decoder, idx: Tensor) -> dict[str, TrainingStep]:
     targets, instr = targets_of(idx)
     floor = Floor(model.config).to(idx.device)
 
-    def backward_everywhere():
+    def loss_everywhere():
         logits = model(idx, instr, floor).flatten(0, 1).float()
-        F.cross_entropy(logits, targets.flatten(), ignore_index=-1).backward()
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
 
     return {
-        FLOOR: TrainingStep(floor, lambda: model(idx, instr, floor, targets).backward()),
-        "floor with its head at every token": TrainingStep(floor, backward_everywhere),
+        FLOOR: TrainingStep(floor, lambda: model(idx, instr, floor, targets), model),
+        "floor with its head at every token": TrainingStep(floor, loss_everywhere, model),
     }
 
 
 def our_steps(model: Decoder, idx: Tensor, methods: list[str], compiled: bool = False) -> dict[str, TrainingStep]:
     """{label: step} of methods of ours, which share the model; compiled: as `train.py --compile` does it."""
     targets, instr = targets_of(idx)
-
-    def backward(tuner):
-        model(idx, instr, tuner, targets).backward()
-
     steps = {}
     for method in methods:
         tuner = random_tuner(method, model)
         if compiled:
-            attached(tuner, model, functools.partial(compile_parts, model, tuner))()
+            with attached(tuner, model):
+                compile_parts(model, tuner)
         label = f"ours: {method}{', in fp32' * (method == 'full')}{', compiled' * compiled}"
-        steps[label] = TrainingStep(tuner, attached(tuner, model, functools.partial(backward, tuner)))
+        steps[label] = TrainingStep(tuner, functools.partial(model, idx, instr, tuner, targets), model)
     return steps
 
 
@@ -419,7 +425,7 @@ def hub_steps(name: str, config: Config, idx: Tensor, args: Namespace) -> dict[s
     steps = {}
     for label, settings in (("peft: prefix-tuning", prefix), ("peft: LoRA", hub_lora(config))):
         tuned = peft.get_peft_model(hub_model(name, args), settings)
-        steps[label] = TrainingStep(tuned, lambda tuned=tuned: tuned(**inputs).loss.backward())
+        steps[label] = TrainingStep(tuned, lambda tuned=tuned: tuned(**inputs).loss)
     return steps
 
 
@@ -442,17 +448,18 @@ class Seconds(NamedTuple):
 
 def serve(model: Decoder, tuner: Tuner, idx: Tensor, new: int, beams: int) -> Seconds:
     """Read prompts idx (B, T), write `new` tokens for each."""
-    device = str(idx.device)
-    begin = now(device)
-    if beams > 1:
-        generate(model, idx.tolist(), tuner, new, beams=beams)
-        return Seconds(None, now(device) - begin)
-    logits, cache = model.prefill(idx, torch.full_like(idx[:, 0], idx.shape[1]), tuner, new)
-    middle = now(device)
-    for _ in range(new - 1):
-        logits = model.step(logits.argmax(-1), cache)
-    end = now(device)
-    return Seconds(end - middle, end - begin)
+    with attached(tuner, model):
+        device = str(idx.device)
+        begin = now(device)
+        if beams > 1:
+            generate(model, idx.tolist(), tuner, new, beams=beams)
+            return Seconds(None, now(device) - begin)
+        logits, cache = model.prefill(idx, torch.full_like(idx[:, 0], idx.shape[1]), tuner, new)
+        middle = now(device)
+        for _ in range(new - 1):
+            logits = model.step(logits.argmax(-1), cache)
+        end = now(device)
+        return Seconds(end - middle, end - begin)
 
 
 def random_tenants(method: str, options: list[str], model: Decoder, tenant_of_row: list[int]) -> Tenants:
@@ -478,10 +485,7 @@ def serve_rows(name: str, model: Decoder, n: int, beams: int, T: int, new: int, 
     idx = torch.randint(model.config.vocab_size, (B, T), device=args.device)
     tuners = {label: random_tenants(*spec, model, tenant_of_row) for label, spec in SERVED.items()}
     tuners = {"frozen": NO_TUNER, **tuners}
-    rivals = {
-        label: attached(tuner, model, functools.partial(serve, model, tuner, idx, new, beams))
-        for label, tuner in tuners.items()
-    }
+    rivals = {label: functools.partial(serve, model, tuner, idx, new, beams) for label, tuner in tuners.items()}
     results = interleaved(rivals, args.rounds, f"{name}, {n} tenants, {beams} beams")
     decode = {label: [seconds.decode for seconds in rounds] for label, rounds in results.items()}
     total = {label: [seconds.total for seconds in rounds] for label, rounds in results.items()}

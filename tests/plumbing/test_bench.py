@@ -63,6 +63,11 @@ def test_peak_memory_is_that_of_one_call(monkeypatch):
     assert bench.peak_memory(call, "cpu") == {}
 
 
+def test_what_is_kept_for_the_backward_pass_is_counted_once_and_without_weights():
+    x, w = (torch.randn(10, requires_grad=True) for _ in range(2))
+    assert bench.kept_bytes(lambda: (x * w * x).sum(), without=[w]) == 2 * x.nbytes  # x, and x * w
+
+
 def test_a_report_is_the_same_in_both_files_and_on_the_screen(tmp_path, capsys):
     args = bench.parse(["step", "--out", str(tmp_path), "--rounds", "3", "--device", "cpu"])
     bench.report(args, [{"step": "x", "time": [1.0, 0.5, 2.25], "tokens/s": "7"}], ["A note."])
@@ -99,7 +104,8 @@ def test_our_steps_on_a_shared_model_are_those_of_each_method_alone(method):
     targets, instr = bench.targets_of(idx)
     alone(idx, instr, tuner, targets).backward()
     step.optimizer.zero_grad()
-    step.backward()
+    with step.attached():
+        step.loss().backward()
     for p, q in zip(step.module.parameters(), tuner.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     assert shared.state_dict().keys() == before.keys()
