@@ -162,7 +162,7 @@ def test_the_compiled_activation_computes_what_the_eager_one_does(dtype, toleran
                 # A coefficient's gradient is a sum of 2,048 numbers of both signs: errors are measured by the largest.
                 torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
             assert bench.saved_bytes(f, *inputs) >= x.nbytes
-    assert bench.saved_bytes(rivals["rational, ours, compiled"], *inputs) == x.nbytes
+    assert bench.saved_bytes(rivals["rational, ours, compiled"], *inputs) < x.nbytes + 100  # x, and a few coefficients
 
 
 # -- Commands ----------------------------------------------------------------------------------------------------------
