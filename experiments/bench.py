@@ -351,7 +351,6 @@ def bench_step(args: Namespace):
         methods = methods_that_fit(name, model, args.methods)
         steps = floor_steps(model, idx) | our_steps(model, idx, methods)
         if args.compile:
-            torch._dynamo.config.recompile_limit = 64  # each method has graphs of its own
             twin = our_model(name, args)
             twin.checkpointing = args.checkpoint
             steps |= our_steps(twin, idx, methods, compiled=True)

@@ -13,6 +13,9 @@ def compile_parts(model: Decoder, tuner: Tuner, **settings):
 
     All blocks share their graphs, and so do all generators: a model of 30 blocks is compiled as fast as one of two.
     """
+    import torch._dynamo.config as dynamo  # its import takes as long as that of torch
+
+    dynamo.recompile_limit = 256  # beyond the limit, which is 8 by default, a part goes on without being compiled
     for part in (*model.h, *getattr(tuner, "generators", ())):
         part.compile(**settings)
 
