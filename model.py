@@ -76,7 +76,7 @@ class Soft(NamedTuple):
 
     k: Tensor  # (B, G, P, D)
     v: Tensor  # (B, G, P, D)
-    keep: Tensor | None = None  # (B, P), False where a row lacks one; None: every row has all P
+    keep: Tensor | None = None  # (B, P), False where a row lacks one, but not all; None: every row has all P
 
     def kept(self) -> Tensor:
         """`keep`, spelled out: (B, P)."""
@@ -143,13 +143,13 @@ class Attention(nn.Module):
         `separate` soft tokens get a softmax of their own, and what it finds is added.
         """
         shape, G = q.shape, k.shape[1]
-        if mask is not None and mask.shape[-2] == 1:  # one query a head: a group's heads can be one, which is faster
+        if q.shape[2] == 1:  # one query a head, nothing is causal: the heads of a group can be one, which is faster
             q = q.unflatten(1, (G, -1)).flatten(2, 3)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] > G)
         if separate is not None:
             k, v, keep = separate
-            folded = q.unflatten(1, (G, -1)).flatten(2, 3)  # here, too, as nothing is causal
-            scores = k * self.head_dim**-0.5 @ folded.mT  # (B, G, P, H/G T), as a softmax over the last is slower
+            folded = q.unflatten(1, (G, -1)).flatten(2, 3)  # soft tokens are not causal: here they can be one, too
+            scores = k * self.head_dim**-0.5 @ folded.mT  # (B, G, P, H/G T): CPUs are slow at a short last softmax
             scores = scores if keep is None else scores.masked_fill(~keep[:, None, :, None], float("-inf"))
             y = y + (scores.softmax(2).mT @ v).reshape_as(y)
         return self.o(y.reshape(shape).transpose(1, 2).flatten(2))
@@ -272,7 +272,7 @@ class Tuner(nn.Module):
     def soft(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Soft | None, Soft | None]:
         """Once a layer: soft tokens in the tokens' softmax (joined), and in one of their own (separate)."""
         soft = self.kv(block, l, x, instr)
-        soft = soft and Soft(soft.k.to(x.dtype), soft.v.to(x.dtype), soft.keep)  # learned in fp32
+        soft = soft and soft._replace(k=soft.k.to(x.dtype), v=soft.v.to(x.dtype))  # what is learned is in fp32
         return (None, soft) if self.separate else (soft, None)
 
     def groups(self, lr: float) -> list[dict]:

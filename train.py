@@ -84,6 +84,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
         parser.error(f"--batch-size {args.batch_size} is not a multiple of the {distributed.WORLD_SIZE} processes")
     if args.shard and (distributed.WORLD_SIZE == 1 or args.method == "full"):
         parser.error("--shard is for torchrun with several processes, and for methods that leave the model frozen")
+    if args.shard and args.checkpoint and args.compile:
+        parser.error("--shard, --checkpoint and --compile do not work together: leave one of them out")
     return args
 
 

@@ -216,7 +216,7 @@ def activation_rows(rivals: dict[str, Callable], shape: tuple, dtype: torch.dtyp
     """Rows of a table: each of `activations` on random numbers of one shape."""
     device, title = args.device, f"{shape} {str(dtype)[6:]}"
     x = torch.randn(shape, device=device, dtype=dtype)
-    g = torch.rand_like(x)  # of one sign: gradients that cancel would have relative errors of any size
+    g = torch.rand_like(x)  # of one sign, so that the largest gradients are not sums that cancel
     coefficients = [c.detach().to(device) for c in Rational().parameters()]
     inputs = {name: [x] + coefficients * name.startswith("rational") for name in rivals}
     _, *exact = gradients(rational, g.double(), *(t.double() for t in (x, *coefficients)))
@@ -232,7 +232,7 @@ def activation_rows(rivals: dict[str, Callable], shape: tuple, dtype: torch.dtyp
         row["time, of the faster compiled GELU's"] = ratio(seconds, name, gelu)
         row["time, of eager Horner's"] = ratio(seconds, name, "rational, Horner, eager")
         row["kept for backward, of x"] = f"{saved_bytes(f, *inputs[name]) / x.nbytes:.2f}"
-        row["error of the coefficients' gradients"] = f"{max(errors):.1e}" if errors else ""
+        row["error of the coefficients' gradients, of the largest"] = f"{max(errors):.1e}" if errors else ""
         if device.startswith("cuda"):  # x is read, y written, x and g read, dx written: 2.5 times what a copy moves
             row["share of the copy bandwidth"] = f"{2.5 * copy / statistics.median(seconds[name]):.0%}"
         yield row
@@ -351,7 +351,7 @@ def bench_step(args: Namespace):
         methods = methods_that_fit(name, model, args.methods)
         steps = floor_steps(model, idx) | our_steps(model, idx, methods)
         if args.compile:
-            twin = our_model(name, args)
+            twin = our_model(name, args)  # a part is compiled in place
             twin.checkpointing = args.checkpoint
             steps |= our_steps(twin, idx, methods, compiled=True)
         if args.hub:

@@ -283,6 +283,18 @@ def test_a_soft_token_that_is_not_kept_does_not_act(model):
     assert not torch.allclose(y, block(x, rope, separate=Soft(k, v))[0])
 
 
+def test_a_method_may_say_which_soft_tokens_are_kept(model):
+    keep = torch.tensor([[True, False, True], [True, True, True]])
+
+    class Some(Constants):
+        def kv(self, *args):
+            return super().kv(*args)._replace(keep=keep)
+
+    idx, instr = right_padded([5, 5], 5)
+    _, soft = Some(model.config, P=3).soft(model.h[0], 0, model.embed(idx, torch.arange(5))[0], instr)
+    assert soft.keep is keep
+
+
 def test_decay_pulls_no_coefficient_and_no_constant_towards_zero(model):
     tuner = IAPT(model.config)
     exempt = {id(p) for g in tuner.generators for p in g.act.parameters()} | {

@@ -2,6 +2,7 @@
 something is wrong.
 """
 
+import functools
 import importlib
 import inspect
 import io
@@ -26,6 +27,7 @@ from iapt import IAPT
 from model import Config, Tuner
 from plumbing import cli
 from plumbing.checkpoint import RunFolder, load_checkpoint
+from plumbing.compiling import compile_parts
 from plumbing.files import copy_tokenizer
 from plumbing.pretrained import save_pretrained
 
@@ -45,6 +47,35 @@ def test_the_same_seed_is_the_same_run_and_another_seed_another(rows, short, tmp
         out = str(tmp_path / seed)
         train.main([*SMALL, "--data", rows, "--out", out, "--seed", seed])
         assert same_run(out, short) == same
+
+
+@pytest.mark.parametrize("options", [["--compile"], ["--checkpoint"], ["--compile", "--checkpoint"]])
+def test_compile_and_checkpoint_act_and_change_no_result(options, rows, short, tmp_path, monkeypatch):
+    quick = functools.partial(compile_parts, backend="eager")  # traces, and generates no code
+    monkeypatch.setattr(train, "compile_parts", quick)
+    acted, real = [], train.add_gradients
+
+    def spy(model, tuner, *args):
+        parts = (*model.h, *tuner.generators)
+        acted.append((all(part._compiled_call_impl for part in parts), model.checkpointing))
+        return real(model, tuner, *args)
+
+    monkeypatch.setattr(train, "add_gradients", spy)
+    out = str(tmp_path / "run")
+    train.main([*SMALL, "--data", rows, "--out", out, *options])
+    assert set(acted) == {("--compile" in options, "--checkpoint" in options)}
+    for mine, other in zip(RunFolder(out).read_log(), RunFolder(short).read_log(), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert mine["val"] == pytest.approx(other["val"], rel=1e-4)
+
+
+def test_what_does_not_work_together_is_refused(monkeypatch, capsys):
+    """In the backward pass FSDP hands over other strides than in the forward pass, so another graph would be taken."""
+    monkeypatch.setattr(train.distributed, "WORLD_SIZE", 2)
+    with pytest.raises(SystemExit):
+        train.parse(["--shard", "--checkpoint", "--compile"])
+    assert "--shard, --checkpoint and --compile do not work together" in capsys.readouterr().err
+    train.parse(["--shard", "--checkpoint"])
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(rows, short, tmp_path, monkeypatch):
