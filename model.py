@@ -270,9 +270,9 @@ class Tuner(nn.Module):
         return None if s is None else block.soft_kv(s.to(x.dtype))
 
     def soft(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Soft | None, Soft | None]:
-        """Once a layer: soft tokens in the tokens' softmax (joined), and in one of their own (separate)."""
+        """Once a layer, in x's dtype: soft tokens in the tokens' softmax (joined), and in their own (separate)."""
         soft = self.kv(block, l, x, instr)
-        soft = soft and soft._replace(k=soft.k.to(x.dtype), v=soft.v.to(x.dtype))  # what is learned is in fp32
+        soft = soft and soft._replace(k=soft.k.to(x.dtype).contiguous(), v=soft.v.to(x.dtype).contiguous())
         return (None, soft) if self.separate else (soft, None)
 
     def groups(self, lr: float) -> list[dict]:
