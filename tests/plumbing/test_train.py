@@ -49,7 +49,10 @@ def test_the_same_seed_is_the_same_run_and_another_seed_another(rows, short, tmp
         assert same_run(out, short) == same
 
 
-@pytest.mark.parametrize("options", [["--compile"], ["--checkpoint"], ["--compile", "--checkpoint"]])
+COMPILED = pytest.param(["--compile"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("options", [COMPILED, ["--checkpoint"], ["--compile", "--checkpoint"]])
 def test_compile_and_checkpoint_act_and_change_no_result(options, rows, short, tmp_path, monkeypatch):
     quick = functools.partial(compile_parts, backend="eager")  # traces, and generates no code
     monkeypatch.setattr(train, "compile_parts", quick)
