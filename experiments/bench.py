@@ -364,7 +364,7 @@ def bench_step(args: Namespace):
             rows.append(row | cells)
     notes = ["Half of the tokens are instruction, half response.  kept: by the forward pass for the backward pass."]
     if args.checkpoint:
-        notes.append("Ours recompute the activations of each block (--checkpoint), those of peft do not.")
+        notes.append("Ours compute each layer again for the backward pass (--checkpoint), those of peft do not.")
     report(args, rows, notes)
 
 
