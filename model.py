@@ -4,10 +4,9 @@ A map of this file, top to bottom:
 
     Config       the sizes, and which of two variants each part has
     Soft         the soft tokens of a layer: keys and values
-    rotary, Attention, MLP, Block
+    rotary, Attention, attend, MLP, Block
     Tuner        the places at which a method may reach into the decoder; the defaults do nothing
     Cache        keys and values already computed, for decoding one token a step
-    HeadLoss     the loss of a frozen head, without keeping its logits
     Decoder      embed -> blocks -> norm -> head;  forward, prefill, step
 
 One thing is new beside a plain decoder: before each block, it asks the tuner for soft tokens to attend to, when a whole
@@ -72,19 +71,31 @@ class Config:
 
 
 class Soft(NamedTuple):
-    """The soft tokens of a layer."""
+    """Soft tokens of a layer: P keys and values."""
 
     k: Tensor  # (B, G, P, D)
     v: Tensor  # (B, G, P, D)
-    keep: Tensor | None = None  # (B, P), False where a row lacks one, but not all; None: every row has all P
+    keep: Tensor | None = None  # (B, P), False on what a row lacks, if rows differ (tenants); None: all are there
 
-    def kept(self) -> Tensor:
-        """`keep`, spelled out: (B, P)."""
-        return torch.ones_like(self.k[:, 0, :, 0], dtype=torch.bool) if self.keep is None else self.keep
+    def mask(self) -> Tensor | None:
+        """`keep` for attention: (B, 1, 1, P)."""
+        return None if self.keep is None else self.keep[:, None, None]
+
+
+class SoftTokens(NamedTuple):
+    """What a method adds to a layer: soft tokens in the words' softmax, and in a softmax of their own."""
+
+    joined: Soft | None = None
+    separate: Soft | None = None
 
     def join(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put them behind the keys and values (B, G, T, D) of tokens: two of (B, G, T + P, D)."""
-        return torch.cat((k, self.k), 2), torch.cat((v, self.v), 2)
+        """The joined ones behind the keys and values (B, G, T, D) of tokens: two of (B, G, T + P, D)."""
+        if self.joined is None:
+            return k, v
+        return torch.cat((k, self.joined.k), 2), torch.cat((v, self.joined.v), 2)
+
+
+NO_SOFT = SoftTokens()
 
 
 def rotary(c: Config, pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,21 +149,19 @@ class Attention(nn.Module):
         return rotate(self.heads(self.q(x)), rope), rotate(self.heads(self.k(x)), rope), self.heads(self.v(x))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, separate: Soft | None) -> Tensor:
-        """Attention of q (B, H, T, D) to k, v (B, G, S, D) where mask (.., T, S) is True (None: causal): (B, T, C).
-
-        `separate` soft tokens get a softmax of their own, and what it finds is added.
-        """
-        shape, G = q.shape, k.shape[1]
-        if q.shape[2] == 1:  # one query a head, nothing is causal: the heads of a group can be one, which is faster
-            q = q.unflatten(1, (G, -1)).flatten(2, 3)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] > G)
+        """What q (B, H, T, D) finds in k, v (B, G, S, D), and in separate soft tokens, projected: (B, T, C)."""
+        y = attend(q, k, v, mask, causal=mask is None)
         if separate is not None:
-            k, v, keep = separate
-            folded = q.unflatten(1, (G, -1)).flatten(2, 3)  # soft tokens are not causal: here they can be one, too
-            scores = k * self.head_dim**-0.5 @ folded.mT  # (B, G, P, H/G T): CPUs are slow at a short last softmax
-            scores = scores if keep is None else scores.masked_fill(~keep[:, None, :, None], float("-inf"))
-            y = y + (scores.softmax(2).mT @ v).reshape_as(y)
-        return self.o(y.reshape(shape).transpose(1, 2).flatten(2))
+            y = y + attend(q, separate.k, separate.v, separate.mask())
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D) and k, v (B, G, S, D), where mask (.., T, S) is True."""
+    if q.shape[2] == 1:  # one token: heads that share a key can be rows of one, which is faster (71 ms a step, was 91)
+        rows = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+        return F.scaled_dot_product_attention(rows, k, v, mask).reshape(q.shape)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] > k.shape[1])
 
 
 class MLP(nn.Module):
@@ -188,15 +197,11 @@ class Block(nn.Module):
         s = self.ln_1(s)  # at rotary position 0, where the rotation is the identity
         return Soft(self.attn.heads(self.attn.k(s)), self.attn.heads(self.attn.v(s)))
 
-    def forward(self, x: Tensor, rope: tuple | None, mask: Tensor | None = None, joined: Soft | None = None,
-                separate: Soft | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """x (B, T, C) -> x (B, T, C) and its keys and values (B, G, T, D).
-
-        Soft tokens that are `joined` share the tokens' softmax and follow them in mask (.., T, T + P).
-        """
+    def forward(self, x: Tensor, rope: tuple | None, soft: SoftTokens = NO_SOFT, mask: Tensor | None = None
+                ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """x (B, T, C) -> x (B, T, C) and its keys and values (B, G, T, D); mask as of `attention_mask`."""
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
-        keys, values = (k, v) if joined is None else joined.join(k, v)
-        x = x + self.attn.mix(q, keys, values, mask, separate)
+        x = x + self.attn.mix(q, *soft.join(k, v), mask, soft.separate)
         return x + self.mlp(self.ln_2(x)), k, v
 
     def step(self, x: Tensor, rope: tuple | None, cached: "CachedLayer", at: Tensor) -> Tensor:
@@ -210,27 +215,14 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-def attention_mask(x: Tensor, visible: Tensor | None, joined: Soft | None) -> Tensor | None:
-    """(.., T, T + P), True where token t of x (B, T, C) may look: at visible tokens up to t, and at P soft tokens."""
-    if visible is None and joined is None:
-        return None  # plain causal attention
-    T, P = x.shape[1], 0 if joined is None else joined.k.shape[2]
-    mask = torch.ones(T, T + P, dtype=torch.bool, device=x.device).tril()
+def attention_mask(T: int, joined: Soft | None) -> Tensor | None:
+    """(.., T, T + P), True where a token may look: at tokens up to itself, and at P soft tokens joined behind them."""
+    if joined is None:
+        return None  # plain causal attention: so it always is for IAPT
+    B, _, P, _ = joined.k.shape
+    mask = torch.ones(T, T + P, dtype=torch.bool, device=joined.k.device).tril()
     mask[:, T:] = True
-    if visible is None and joined.keep is None:
-        return mask
-    seen = mask.new_ones(len(x), T) if visible is None else visible
-    seen = seen if joined is None else torch.cat((seen, joined.kept()), 1)
-    itself = torch.eye(T, T + P, dtype=torch.bool, device=x.device)  # a softmax over nothing is nan
-    return mask & seen[:, None, None] | itself
-
-
-class Embedded(NamedTuple):
-    """Embeddings x (B, T', C) with soft tokens among them."""
-
-    x: Tensor
-    at: Tensor | None = None  # (B, T): where the tokens went; None: nothing was added
-    visible: Tensor | None = None  # (B, T'): False on soft tokens that nobody may see; None: there are none
+    return mask if joined.keep is None else mask & F.pad(joined.keep, (T, 0), value=True)[:, None, None]
 
 
 class Tuner(nn.Module):
@@ -256,24 +248,27 @@ class Tuner(nn.Module):
     def progress(self, done: float):
         """Before each training step: the share of training that is over, 0 to 1, for what anneals."""
 
-    def embed(self, x: Tensor, instr: Tensor) -> Embedded:
-        """Once a sequence: embeddings x (B, T, C) -> T' - T soft tokens more in each row, before its padding."""
-        return Embedded(x)
-
-    def prompt(self, l: int, x: Tensor, instr: Tensor) -> Tensor | None:
+    def soft_tokens(self, l: int, x: Tensor, instr: Tensor) -> Tensor | None:
         """Once a layer: the hidden states x (B, T, C) that enter layer l -> its soft tokens (B, P, C), or None."""
         return None
 
     def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft | None:
-        """Once a layer: its soft tokens as keys and values.  Nothing else of them acts: the next layer has its own."""
-        s = self.prompt(l, x, instr)
+        """Once a layer: its soft tokens as keys and values.  They are not carried to the next layer."""
+        s = self.soft_tokens(l, x, instr)
         return None if s is None else block.soft_kv(s.to(x.dtype))
 
-    def soft(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Soft | None, Soft | None]:
-        """Once a layer, in x's dtype: soft tokens in the tokens' softmax (joined), and in their own (separate)."""
+    def soft(self, block: Block, l: int, x: Tensor, instr: Tensor) -> SoftTokens:
+        """`kv` in x's dtype, joined or separate."""
         soft = self.kv(block, l, x, instr)
-        soft = soft and soft._replace(k=soft.k.to(x.dtype).contiguous(), v=soft.v.to(x.dtype).contiguous())
-        return (None, soft) if self.separate else (soft, None)
+        if soft is None:
+            return NO_SOFT
+        soft = Soft(soft.k.to(x.dtype).contiguous(), soft.v.to(x.dtype).contiguous(), soft.keep)
+        return SoftTokens(separate=soft) if self.separate else SoftTokens(joined=soft)
+
+    def around_blocks(self, model: "Decoder", x: Tensor, rope: tuple | None, instr: Tensor | None,
+                      cache: "Cache | None") -> Tensor:  # fmt: skip
+        """Once a sequence: embeddings x (B, T, C) through the blocks.  Prompt tuning adds tokens here (embedded.py)."""
+        return model.blocks(x, rope, instr, self, cache)
 
     def groups(self, lr: float) -> list[dict]:
         """Parameter groups for the optimizer, where some parameters want another rate than lr."""
@@ -303,15 +298,15 @@ class Cache:
         self.room, self.layers = room, []
         self.at, self.pos = length.clone(), length.clone()  # (B,): where a row's next token goes, and its position
 
-    def append(self, k: Tensor, v: Tensor, visible: Tensor | None, joined: Soft | None, separate: Soft | None):
-        """Add a layer's keys and values (B, G, T, D); visible (B, T) as in `attention_mask`."""
+    def append(self, k: Tensor, v: Tensor, soft: SoftTokens):
+        """Add a layer's keys and values (B, G, T, D), and its soft tokens."""
         k, v = F.pad(k, (0, 0, 0, self.room)), F.pad(v, (0, 0, 0, self.room))
-        mask = torch.arange(k.shape[2], device=k.device) < self.at[:, None]
-        mask = mask if visible is None else mask & F.pad(visible, (0, self.room))
-        if joined is not None:
-            k, v = joined.join(k, v)
-            mask = torch.cat((mask, joined.kept()), 1)
-        self.layers.append(CachedLayer(k, v, mask[:, None, None], separate))
+        mask = (torch.arange(k.shape[2], device=k.device) < self.at[:, None])[:, None, None]
+        if soft.joined is not None:
+            kept = soft.joined.mask()
+            P = soft.joined.k.shape[2]
+            mask = torch.cat((mask, mask.new_ones(len(mask), 1, 1, P) if kept is None else kept), -1)
+        self.layers.append(CachedLayer(*soft.join(k, v), mask, soft.separate))
 
     def select_rows(self, rows: Tensor):
         """Go on with the rows of these indices, in this order; a row may occur several times."""
@@ -323,38 +318,6 @@ class Cache:
 
         self.layers = [select(layer) for layer in self.layers]
         self.at, self.pos = self.at[rows], self.pos[rows]
-
-
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy, in nats, of logits x W^T (N, V) against targets (N,), for a frozen W.
-
-    The gradient with respect to x, (softmax - one-hot) W / N, is computed with the loss, in one table of LOGITS logits.
-    """
-
-    LOGITS = 2**24
-
-    @staticmethod
-    def forward(x, weight, targets):
-        loss, dx = x.new_zeros((), dtype=torch.float32), torch.empty_like(x)
-        N, rows = max(1, len(x)), max(1, HeadLoss.LOGITS // len(weight))
-        for x_part, t, dx_part in zip(x.split(rows), targets[:, None].split(rows), dx.split(rows)):
-            logits = F.linear(x_part, weight).float()
-            logits -= logits.amax(1, keepdim=True)
-            loss -= logits.gather(1, t).sum()
-            total = logits.exp_().sum(1, keepdim=True)
-            loss += total.log().sum()
-            logits.div_(total).scatter_add_(1, t, -torch.ones_like(total)).div_(N)  # softmax - one-hot
-            torch.mm(logits.to(weight.dtype), weight, out=dx_part)
-        return loss / N, dx
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    def backward(ctx, g, _):
-        return ctx.saved_tensors[0] * g, None, None
 
 
 class Decoder(nn.Module):
@@ -389,34 +352,29 @@ class Decoder(nn.Module):
         T, limit = idx.shape[1], self.config.block_size
         if T > limit:
             raise ValueError(f"this model wants at most {limit} tokens, got {T} (--block-size, or shorten the prompt)")
-        x, rope = self.embed(idx, torch.arange(T, device=idx.device))
         if tuner is not None and instr is None:
             raise ValueError("a tuner needs instr (B, T), True on the instruction's tokens: it got None")
-        tuner = tuner or NO_TUNER
-        x, at, visible = tuner.embed(x, instr)
-        if at is not None:
-            real = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device).scatter(1, at, 1)
-            instr = torch.zeros_like(real).scatter(1, at, instr.long()).bool()
-            if rope is not None:  # tokens keep their positions; a soft token has that of the token after it
-                rope = rotary(self.config, real.cumsum(1) - real)
-        if cache is not None:
-            cache.at += x.shape[1] - T  # soft tokens among the embeddings take up room, but no positions
+        # Tokens become vectors, ...
+        x, rope = self.embed(idx, torch.arange(T, device=idx.device))
+        # ... which go through the blocks, among a method's own vectors if it has any, ...
+        x = (tuner or NO_TUNER).around_blocks(self, x, rope, instr, cache)
+        # ... and are normed for the head.
+        return self.ln_f(x)
+
+    def blocks(self, x: Tensor, rope: tuple | None, instr: Tensor | None, tuner: Tuner, cache: Cache | None) -> Tensor:
+        """x (B, T, C) through all blocks.  The tuner sees what enters a block, and says what it may look at, too."""
 
         def layer(l: int, x: Tensor) -> Tensor:
-            joined, separate = tuner.soft(self.h[l], l, x, instr)
-            x, k, v = self.h[l](x, rope, attention_mask(x, visible, joined), joined, separate)
+            soft = tuner.soft(self.h[l], l, x, instr)
+            x, k, v = self.h[l](x, rope, soft, attention_mask(x.shape[1], soft.joined))
             if cache is not None:
-                cache.append(k, v, visible, joined, separate)
+                cache.append(k, v, soft)
             return x
 
         recompute = self.checkpointing and torch.is_grad_enabled()
         for l in range(len(self.h)):
             x = checkpoint(layer, l, x, use_reentrant=False) if recompute else layer(l, x)
-        if at is not None:
-            # What follows token t is read off the place before token t+1, where a soft token may stand.
-            before_next = F.pad(at[:, 1:], (0, 1), value=x.shape[1]) - 1
-            x = x.gather(1, before_next[..., None].expand(-1, -1, x.shape[2]))
-        return self.ln_f(x)
+        return x
 
     def forward(self, idx: Tensor, instr: Tensor | None = None, tuner: Tuner | None = None,
                 targets: Tensor | None = None) -> Tensor:  # fmt: skip
@@ -427,8 +385,6 @@ class Decoder(nn.Module):
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of hidden states x (B, T, C).  The head, much of the work, skips what has no target."""
         x, targets = x[targets >= 0], targets[targets >= 0]
-        if x.requires_grad and not self.head.weight.requires_grad:
-            return HeadLoss.apply(x, self.head.weight, targets)[0]
         return F.cross_entropy(self.head(x).float(), targets, reduction="sum") / max(1, len(targets))
 
     @torch.no_grad()

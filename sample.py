@@ -26,8 +26,9 @@ from data.tokenizer import Tokenizer
 from iapt import IAPT, PaperIAPT
 from model import Cache, Decoder, Tuner
 from plumbing.checkpoint import load_checkpoint, load_into
-from plumbing.cli import Parser, UsageError, add_device_options, at_least, pick_device, run, shade_words
+from plumbing.cli import Parser, UsageError, add_device_options, at_least, pick_device, run
 from plumbing.compiling import compiled_step
+from plumbing.explain import reading_weights, shade_words
 from plumbing.hub import find_model
 from plumbing.pretrained import fingerprint, load_pretrained, read_config
 
@@ -207,25 +208,6 @@ def answer(
     return [template.answer_text(ids, tokenizer) for ids in answers]
 
 
-def generator_inputs(model: Decoder, tuner: IAPT, idx: Tensor, instr: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What each layer's generator reads, x (B, T, C) and instr (B, T), while the model reads idx (B, T)."""
-    inputs = []
-    hooks = [g.register_forward_pre_hook(lambda _, args: inputs.append(args)) for g in tuner.generators]
-    model.hidden(idx, instr, tuner)
-    for hook in hooks:
-        hook.remove()
-    return inputs
-
-
-@torch.no_grad()
-def reading_weights(model: Decoder, tokenizer: Tokenizer, tuner: IAPT, prompt: list[int]) -> tuple[list[str], Tensor]:
-    """The T words of a prompt (ids), and how much each soft token of each layer reads of each: (L, P, T)."""
-    idx = torch.tensor([prompt], device=model.wte.weight.device)
-    inputs = generator_inputs(model, tuner, idx, torch.ones_like(idx, dtype=torch.bool))
-    weights = [g.read(*args)[1][0] for g, args in zip(tuner.generators, inputs)]
-    return [tokenizer.decode([i]).replace("\n", "\\n") for i in prompt], torch.stack(weights)
-
-
 # -- The command line --------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +270,8 @@ def main(argv: list[str] | None = None):
         for row, text in zip(rows, answer(model, tokenizer, rows, tuner, **settings)):
             if args.explain:
                 prompt = template.prompt_ids(row, tokenizer)
-                yield from shade_words(*reading_weights(model, tokenizer, tuner, prompt), sys.stdout.isatty())
+                weights = reading_weights(model, tuner, prompt)
+                yield from shade_words(tokenizer.words(prompt), weights, sys.stdout.isatty())
             yield text
 
     if args.prompts or not sys.stdin.isatty():

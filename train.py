@@ -6,15 +6,12 @@
     python train.py --scratch --method full --data data/tiny/pretrain     # pretrain a model of the shipped one's size
 
 A run writes into --out: best.pt (what was trained, at the lowest validation loss), last.pt (to --resume), log.jsonl.
-
-A map of this file: parse; train, the loop; open_session and new_tuner; main, which scores before and after.
 """
 
 import math
 import os
 import random
 import shlex
-import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
 from typing import NamedTuple
@@ -22,7 +19,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from baselines import METHODS, build, spell_out
+from baselines import METHODS, build, describe_options, spell_out
 from data import Batch, Batches, Example, encode, evenly_spaced, open_data, rows_fingerprint
 from data.files import label_words
 from data.scores import Score, accuracy, before_and_after, evaluate, score_table
@@ -34,6 +31,7 @@ from plumbing.checkpoint import RunFolder, load_checkpoint, load_into, save_tune
 from plumbing.cli import Parser, SignalGuard, UsageError, add_device_options, at_least, pick_device, run
 from plumbing.compiling import compile_parts
 from plumbing.files import copy_tokenizer
+from plumbing.head_loss import head_loss
 from plumbing.hub import find_model
 from plumbing.pretrained import fingerprint, save_pretrained
 from sample import answer, open_model
@@ -51,7 +49,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--data", default="tiny", help="tiny, a folder with train.jsonl, or a file of rows")
     add("--template", default="plain", choices=["plain", "chat"], help="layout of a row; chat: the model's own")
     add("--method", default="iapt", help=", ".join(METHODS))
-    add("-o", nargs="+", default=[], action="extend", metavar="NAME=VALUE", help="options of the method")
+    add("-o", nargs="+", default=[], action="extend", metavar="NAME=VALUE", help="options of the method; -o help")
     add("--out", help="folder of the run (default: out/METHOD)")
     add("--warm-start", metavar="RUN", help="begin with what another run of the method has trained (its best.pt)")
     start = parser.add_mutually_exclusive_group()
@@ -76,6 +74,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--checkpoint", action="store_true", help="recompute activations in the backward pass: less memory")
     add("--shard", action="store_true", help="under torchrun: spread the frozen weights over the processes")
     args = parser.parse_args(argv)
+    if "help" in args.o:
+        print(describe_options(args.method))
+        parser.exit()
     args.o = spell_out(args.method, args.o)  # a wrong option is found before anything is opened
     args.out = args.out or os.path.join("out", args.method)
     if args.scratch and args.method != "full":
@@ -128,14 +129,14 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
                 save()
                 raise SystemExit(f"stopped after {step} steps, and saved. Continue with the same command and --resume")
 
-            # 1. This step's learning rates, and its own random numbers, for methods that draw.
+            # 1. This step's learning rates, and its own random numbers, for methods that draw: the same after --resume.
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * schedule(step, args.steps)
             torch.manual_seed(args.seed * 1_000_003 + step + (distributed.RANK << 50))
             tuner.train()
             tuner.progress(step / args.steps)
 
-            # 2. The gradient, summed over micro-batches and processes.
+            # 2. The gradient, summed over micro-batches and processes; if one of them is to stop, all do.
             optimizer.zero_grad()
             loss, n = add_gradients(model, tuner, batches.batch(step), args.grad_accum)
             loss, n, stop = distributed.all_reduce_grads(tuner.parameters(), loss, n, guard.stop_requested)
@@ -180,7 +181,7 @@ def add_gradients(model: Decoder, tuner: Tuner, batch: Batch, parts: int) -> tup
     batch = distributed.local_rows(batch)
     for idx, targets, instr in zip(*(x.chunk(parts) for x in batch)):
         share = (targets >= 0).sum() / targets_in_batch  # the loss is the mean over this micro-batch
-        part = model(idx, instr, tuner, targets) * share
+        part = head_loss(model, model.hidden(idx, instr, tuner), targets) * share
         part.backward()
         loss += part.item()
     return loss, (batch.instr | (batch.targets >= 0)).sum().item()
@@ -204,10 +205,10 @@ class Session(NamedTuple):
     def scores(self, tuner: Tuner | None = None) -> dict[str, Score]:
         """Scores of all test sets, with accuracy in place of exact match where the outputs are classes."""
         scores = {name: evaluate(self.model, self.examples[name], tuner) for name in self.tests}
-        for name in self.tests if self.labels else []:
-            rows = self.rows[name], self.examples[name], self.labels
-            right = accuracy(self.model, self.tokenizer, *rows, tuner, self.template)
-            scores[name] = scores[name]._replace(exact=right)
+        if self.labels:
+            for name, score in scores.items():
+                rows = self.rows[name], self.examples[name], self.labels
+                scores[name] = score._replace(exact=accuracy(self.model, self.tokenizer, *rows, tuner, self.template))
         return scores
 
 
@@ -215,6 +216,7 @@ def open_session(args: Namespace, device: str, dtype: torch.dtype) -> Session:
     """Open the model and the rows that the command line names."""
     torch.manual_seed(args.seed)
     model, tokenizer = open_model(args.init, "cpu" if args.shard else device, dtype, args.scratch)
+    model.requires_grad_(False)  # the model is frozen: what trains are a tuner's own parameters
     block_size, template = args.block_size or model.config.block_size, make_template(args.template, tokenizer)
     if block_size > model.config.block_size:
         raise UsageError(f"--block-size {block_size}: {args.init} takes at most {model.config.block_size} tokens")
@@ -246,14 +248,12 @@ def new_tuner(args: Namespace, session: Session) -> tuple[Tuner, dict]:
 def main(argv: list[str] | None = None) -> dict:
     """Returns {"before": {test set: Score}, "after": the same, "path": of best.pt}."""
     args = parse(argv)
-    if distributed.RANK:  # the first process speaks for all
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     folder = RunFolder(args.out)
     folder.refuse_unless(args.resume, args.force)
     device, dtype, reason = pick_device(args.device, args.dtype)
     device = distributed.init(device)
     session = open_session(args, device, dtype)
-    model, tokenizer, template, rows = session[:4]
+    model, tokenizer, template, rows = session.model, session.tokenizer, session.template, session.rows
     tuner, meta = new_tuner(args, session)
     if args.shard:
         distributed.shard(model, device)
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"{args.init} on {model.wte.weight.device}, {how}")
     print(f"{args.data}: {', '.join(f'{name} {len(split):,}' for name, split in rows.items())} rows")
     if distributed.RANK == 0:
-        folder.lock(args.force)
+        folder.lock(args.force)  # with --force, what was there goes only now that nothing can be refused any more
     best = train(model, tuner, session.examples, args, meta)
 
     load_into(tuner, best, folder.best)
@@ -282,8 +282,8 @@ def main(argv: list[str] | None = None) -> dict:
     metric, counts = "accuracy" if session.labels else "exact match", {name: len(rows[name]) for name in before}
     print("", *score_table(before, after, counts, args.method, metric), sep="\n")
     print("", *before_and_after(shown, answers_before, answers_after, args.method), sep="\n")
-    kilobytes = os.path.getsize(folder.best) / 1000
-    print(f"saved {folder.best}: what was trained, nothing frozen (step {best['step']}, {kilobytes:,.0f} kB)")
+    size = f"step {best['step']}, {os.path.getsize(folder.best) / 1000:,.0f} kB"
+    print(f"saved {folder.best}: what was trained, nothing frozen ({size})")
     if args.scratch:
         if distributed.RANK == 0:  # in fp16: half the bytes, and rounding small beside what training leaves to chance
             save_pretrained(args.out, model, torch.float16)

@@ -3,6 +3,7 @@
 METHODS                            {name: class}; a new method is a class and an entry here
 build(name, config, options)       a tuner
 spell_out(name, options)           the options given and all others, as a checkpoint records them
+describe_options(name)             what -o help prints
 """
 
 import inspect
@@ -56,6 +57,16 @@ def spell_out(name: str, options: Iterable[str]) -> list[str]:
 def as_options(values: dict) -> list[str]:
     """{"P": 8, ...} -> ["P=8", ...]; a switch is 0 or 1."""
     return [f"{k}={int(v) if isinstance(v, bool) else v}" for k, v in values.items()]
+
+
+def describe_options(name: str) -> str:
+    """A method's options with their defaults and choices, under what its class says of itself."""
+    cls = method(name)
+    lines = [inspect.getdoc(cls), "", "options:"]
+    for key, parameter in parameters(cls).items():
+        choices = ", ".join(map(str, get_args(parameter.annotation)))
+        lines.append(f"  {as_options({key: parameter.default})[0]}{f'    ({choices})' if choices else ''}")
+    return "\n".join(lines if parameters(cls) else [*lines[:2], "no options"])
 
 
 def parameters(cls: type) -> dict[str, inspect.Parameter]:

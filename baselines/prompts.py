@@ -2,7 +2,7 @@
 
     PTuning2       learned keys and values at each layer
     Constants      the same in a softmax of their own: IAPT without its generator
-    PrefixTuning   the same, made by an MLP that can be dropped after training
+    PrefixTuning   the same, made by an MLP
     PromptTuning   learned rows before the embeddings
     Dynamic        learned rows whose place, number and mixture depend on the instruction
     CaPT           a learned vector plus the instruction's mean state, at each layer
@@ -18,7 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Block, Config, Decoder, Embedded, Soft, Tuner
+from baselines.embedded import Embedded, EmbeddedTuner
+from model import Block, Config, Decoder, Soft, Tuner
 
 
 def split_kv(s: Tensor, head_dim: int) -> Soft:
@@ -68,36 +69,25 @@ class PrefixTuning(Tuner):
     """Prefix-tuning (arXiv 2101.00190): keys and values at every layer, made from P embeddings by an MLP.
 
     Embedding (P, C) -> Linear(C, hidden) -> tanh -> Linear(hidden, L 2 G D), of which each layer takes its part.  The
-    paper found training the keys and values themselves unstable.  After training, `drop` removes the MLP.
+    paper found training the keys and values themselves unstable.
     """
 
     lr = 5e-3
 
     def __init__(self, config: Config, P: int = 10, hidden: int = 512):
         super().__init__()
-        self.config = config
+        self.head_dim = config.head_dim
         out = 2 * config.n_kv_head * config.head_dim
         self.tokens = nn.Parameter(torch.randn(P, config.n_embd))
         self.down = nn.Linear(config.n_embd, hidden)
         self.up = nn.ModuleList(nn.Linear(hidden, out) for _ in range(config.n_layer))
 
-    def keys_and_values(self, l: int) -> Tensor:
-        """Layer l's soft tokens as they are now: (P, 2 G D)."""
-        return self.up[l](self.down(self.tokens).tanh())
-
     def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft:
-        return split_kv(self.keys_and_values(l).expand(len(x), -1, -1), self.config.head_dim)
-
-    @torch.no_grad()
-    def drop(self) -> PTuning2:
-        """The same soft tokens without the MLP."""
-        plain = PTuning2(self.config, P=len(self.tokens)).to(self.tokens.device)
-        for l, constants in enumerate(plain.constants):
-            constants.copy_(self.keys_and_values(l))
-        return plain
+        constants = self.up[l](self.down(self.tokens).tanh())  # (P, 2 G D)
+        return split_kv(constants.expand(len(x), -1, -1), self.head_dim)
 
 
-class PromptTuning(Tuner):
+class PromptTuning(EmbeddedTuner):
     """Prompt tuning (arXiv 2104.08691): P learned rows before the input embeddings.  C P parameters."""
 
     lr = 1e-2
@@ -113,7 +103,7 @@ class PromptTuning(Tuner):
         B, T, _ = x.shape
         P = len(self.rows)
         at = torch.arange(P, P + T, device=x.device).expand(B, T)
-        return Embedded(torch.cat((self.rows.to(x.dtype).expand(B, -1, -1), x), 1), at)
+        return Embedded(torch.cat((self.rows.to(x.dtype).expand(B, -1, -1), x), 1), at, at.new_full((B,), P))
 
 
 @torch.no_grad()
@@ -123,15 +113,18 @@ def start_as_tokens(rows: Tensor, model: Decoder):
 
 
 def mean_state(x: Tensor, instr: Tensor) -> Tensor:
-    """The mean of x (B, T, C) over the instruction: (B, C), in fp32."""
+    """The mean of x (B, T, C) over the instruction, each state scaled to unit mean square: (B, C), in fp32.
+
+    In a real LLaMA the first token's state is some hundred times as long as the others: unscaled, the mean is that one.
+    """
     weights = instr / instr.sum(1, keepdim=True)
-    return (weights[:, None] @ x.float())[:, 0]
+    return (F.rms_norm(x.float(), x.shape[-1:]) * weights[..., None]).sum(1)
 
 
 Position = Literal["before", "task", "instance"]
 
 
-class Dynamic(Tuner):
+class Dynamic(EmbeddedTuner):
     """Dynamic prompting (arXiv 2303.02909): where P soft tokens stand, how many, and which, is learned.
 
         position   the first i stand before the instruction, the others after it.  before: i = P;  task: the logits
@@ -187,24 +180,23 @@ class Dynamic(Tuner):
         # All P+1 layouts are built, so that the choice among them gets a gradient.
         every = torch.cat((soft.to(x.dtype), x), 1)[torch.arange(B, device=x.device)[:, None, None], index]
         first = first.gather(1, split.argmax(-1, keepdim=True))  # (B, 1)
-        at = torch.arange(T, device=x.device) + torch.where(instr, first, P)
-        visible = torch.arange(P + T, device=x.device) >= P - n
-        return Embedded(torch.einsum("bi,bitc->btc", split.to(x.dtype), every), at, visible)
+        at = torch.arange(T, device=x.device) + torch.where(instr, first, n)
+        return Embedded(torch.einsum("bi,bitc->btc", split.to(x.dtype), every), at, n[:, 0])
 
 
 def layouts(P: int, T: int, n: Tensor, instr: Tensor) -> tuple[Tensor, Tensor]:
     """The P+1 ways to place n (B, 1) of P soft tokens around the instruction among T tokens.
 
-    Layout i: the P - n unused soft tokens, min(i, n) soft tokens, the instruction, the other soft tokens, the rest.
+    Layout i: min(i, n) soft tokens, the instruction, the other soft tokens, the rest, the P - n unused ones.
     Returns indices (B, P+1, P+T) into soft tokens followed by tokens, and where the instruction begins (B, P+1).
     """
-    place = torch.arange(P + T, device=n.device)
+    first = torch.arange(P + 1, device=n.device).minimum(n)[..., None]  # (B, P+1, 1)
     n, t = n[..., None], instr.sum(1)[:, None, None]
-    first = P - n + torch.arange(P + 1, device=n.device)[:, None].minimum(n)  # (B, P+1, 1)
-    index = torch.where(place < first, place - P + n, P + place - first)
-    index = torch.where(place < P - n, n + place, index)
-    index = torch.where(place >= first + t, place - t - P + n, index)
-    return torch.where(place >= P + t, place, index), first[..., 0]
+    place = torch.arange(P + T, device=n.device)
+    token, soft = P + place - first, place - t  # the instruction, and the soft tokens behind it
+    index = torch.where(place < first, place, torch.where(place < first + t, token, soft))
+    index = torch.where(place >= n + t, P + place - n, index)  # the rest
+    return torch.where(place >= n + T, place - T, index), first[..., 0]
 
 
 class CaPT(Tuner):
@@ -219,7 +211,7 @@ class CaPT(Tuner):
         super().__init__()
         self.p = nn.ParameterList(0.1 * torch.randn(P, config.n_embd) for _ in range(config.n_layer))
 
-    def prompt(self, l: int, x: Tensor, instr: Tensor) -> Tensor:
+    def soft_tokens(self, l: int, x: Tensor, instr: Tensor) -> Tensor:
         return self.p[l] + mean_state(x, instr)[:, None]  # (P, C) + (B, 1, C)
 
 
@@ -231,7 +223,6 @@ class Mine(Tuner):
         self.P = P
         self.to_soft = nn.ModuleList(nn.Linear(config.n_embd, P * config.n_embd) for _ in range(config.n_layer))
 
-    def prompt(self, l, x, instr):
-        w = instr.float() / instr.sum(1, keepdim=True)  # (B, T)
-        mean = (w[:, None] @ x.float())[:, 0]
-        return self.to_soft[l](mean).unflatten(-1, (self.P, -1))  # (B, C) -> (B, P, C)
+    def soft_tokens(self, l, x, instr):
+        mean = mean_state(x, instr)  # (B, T, C) -> (B, C)
+        return self.to_soft[l](mean).unflatten(-1, (self.P, -1))  # (B, P, C)

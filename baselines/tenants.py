@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
+from baselines.embedded import Embedded, EmbeddedTuner
 from baselines.hooks import Hooked, LoRA
 from iapt import IAPT
-from model import NO_TUNER, Block, Decoder, Embedded, Soft, Tuner
+from model import NO_TUNER, Block, Decoder, Soft, SoftTokens, Tuner
 
 Part = tuple[list[int], Tuner]  # rows of the batch, and the tuner that is asked for them
 
 
-class Tenants(Tuner):
+class Tenants(EmbeddedTuner):
     """Several tuners as one.  Masks what a row does not own.
 
         tuners          one per tenant, not attached
@@ -104,35 +105,33 @@ class Tenants(Tuner):
         for rows, tuner in self.parts:
             yield rows, tuner, x[rows], instr[rows]
 
-    def embed(self, x: Tensor, instr: Tensor) -> Embedded:
-        B, T, C = x.shape
+    def embed(self, x: Tensor, instr: Tensor) -> Embedded | None:
+        B, T, device = *x.shape[:2], x.device
         if B != len(self.tenant_of_row):
             raise ValueError(f"{B} rows, but tenants of {len(self.tenant_of_row)}")
-        parts = [(rows, tuner.embed(x_part, instr_part)) for rows, tuner, x_part, instr_part in self.ask(x, instr)]
+        parts = [(rows, tuner.embed(*own)) for rows, tuner, *own in self.ask(x, instr) if hasattr(tuner, "embed")]
+        parts = [(rows, part) for rows, part in parts if part is not None]
+        if not parts:
+            return None
         width = max(part.x.shape[1] for _, part in parts)
-        out = x.new_zeros(B, width, C)
-        at = torch.arange(T, device=x.device).repeat(B, 1)
-        visible = torch.zeros(B, width, dtype=torch.bool, device=x.device)
-        for rows, part in parts:  # a row with fewer soft tokens than others begins with invisible ones
-            missing = width - part.x.shape[1]
-            out[rows, missing:] = part.x.to(x.dtype)
-            at[rows] = missing + (at[rows] if part.at is None else part.at)
-            visible[rows, missing:] = True if part.visible is None else part.visible
-        return Embedded(out) if width == T else Embedded(out, at, visible)
+        out = F.pad(x, (0, 0, 0, width - T))  # a row with fewer soft tokens than others has more padding
+        at, n = torch.arange(T, device=device).repeat(B, 1), torch.zeros(B, dtype=torch.long, device=device)
+        for rows, part in parts:
+            out[rows, : part.x.shape[1]] = part.x.to(x.dtype)
+            at[rows], n[rows] = part.at, part.n
+        return Embedded(out, at, n)
 
-    def soft(self, block: Block, l: int, x: Tensor, instr: Tensor) -> tuple[Soft | None, Soft | None]:
+    def soft(self, block: Block, l: int, x: Tensor, instr: Tensor) -> SoftTokens:
         for hooked in self.hooked:  # soft tokens pass the frozen norm and projections, not those of another tenant
             hooked.muted = True
-        parts = [
-            (rows, *tuner.soft(block, l, x_part, instr_part)) for rows, tuner, x_part, instr_part in self.ask(x, instr)
-        ]
+        parts = [(rows, tuner.soft(block, l, *own)) for rows, tuner, *own in self.ask(x, instr)]
         for hooked in self.hooked:
             hooked.muted = False
         # A row without separate soft tokens sees zeros, which add nothing: a softmax over nothing is nan in some
         # kernels.
-        joined = merge_rows([(rows, joined) for rows, joined, _ in parts], x, keep=False)
-        separate = merge_rows([(rows, separate) for rows, _, separate in parts], x, keep=True)
-        return joined, separate
+        joined = merge_rows([(rows, soft.joined) for rows, soft in parts], x, keep=False)
+        separate = merge_rows([(rows, soft.separate) for rows, soft in parts], x, keep=True)
+        return SoftTokens(joined, separate)
 
 
 def merge_rows(parts: list[tuple[list[int], Soft | None]], x: Tensor, keep: bool) -> Soft | None:
@@ -150,11 +149,8 @@ def merge_rows(parts: list[tuple[list[int], Soft | None]], x: Tensor, keep: bool
     for rows, soft in parts:
         n = soft.k.shape[2]
         k[rows, :, :n], v[rows, :, :n] = soft.k.to(k.dtype), soft.v.to(v.dtype)
-        seen[rows] = False
-        seen[rows, :n] = soft.kept()
-    complete = sum(len(rows) for rows, _ in parts) == len(x) and all(
-        soft.keep is None and soft.k.shape[2] == P for _, soft in parts
-    )
+        seen[rows] = torch.arange(P, device=x.device) < n
+    complete = sum(len(rows) for rows, _ in parts) == len(x) and all(soft.k.shape[2] == P for _, soft in parts)
     return Soft(k, v, None if complete else seen)  # a mask that hides nothing costs time at every step
 
 

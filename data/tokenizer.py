@@ -105,6 +105,10 @@ class Tokenizer:
         """Ids -> text.  Ids beyond the tokenizer's are left out: a model's table may have spare rows."""
         return self._with_names(SECRET, self.engine.decode([i for i in ids if i < self.engine.size]))
 
+    def words(self, ids: list[int]) -> list[str]:
+        """The text of each id, on one line."""
+        return [self.decode([i]).replace("\n", "\\n") for i in ids]
+
     def _with_names(self, number, text):
         """Put the names of special tokens where a number and their id stand for them."""
         return re.sub(rf"{number}:(\d+)\.", lambda m: self._name_of[int(m[1])], text)

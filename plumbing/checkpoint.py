@@ -70,9 +70,24 @@ def load_checkpoint(path: str) -> dict:
 def load_into(tuner: Tuner, content: dict, path: str):
     """Copy a checkpoint's tensors into a tuner.  Raises ValueError, which names `path`, if they do not fit."""
     try:
-        tuner.load_state_dict(content["tuner"])
+        tuner.load_state_dict(renamed(content["tuner"]))
     except RuntimeError as e:
         raise ValueError(f"{path} does not fit this model: {str(e).splitlines()[-1].strip()[:200]}") from None
+
+
+# What a generator's parts were called until 0b6e8b6; its matrices were those of linear layers, which are transposed.
+OLD_NAMES = {"down.weight": "W_down", "up.weight": "W_up", "w_sa": "W_sa", "act.a": "R.a", "act.b": "R.b"}
+
+
+def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, those of an older one as they are called today."""
+    new = {}
+    for name, x in tensors.items():
+        generator, l, part = (*name.split(".", 2), "", "")[:3]
+        if generator == "generators" and part in OLD_NAMES:
+            name, x = f"generators.{l}.{OLD_NAMES[part]}", x.T if part.endswith("weight") else x
+        new[name] = x
+    return new
 
 
 def warm_start(tuner: Tuner, path: str, meta: dict, out: str):
@@ -176,6 +191,10 @@ class RunFolder:
                 raise
             content = load_checkpoint(path)
             print(f"{e}; going on from {path}, step {content.get('state', {}).get('step')}", file=sys.stderr)
+        if renamed(content["tuner"]).keys() != content["tuner"].keys():
+            raise ValueError(
+                f"--resume: {path} is of an older version: begin with --warm-start {path}, and another --out"
+            )
         if "optimizer" not in content or "state" not in content:
             raise ValueError(f"--resume: {path} is a checkpoint without the optimizer's state: it cannot be resumed")
         for key, value in meta.items():

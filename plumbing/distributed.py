@@ -9,6 +9,7 @@ stop.  The first process prints and saves.  Without torchrun there is one proces
 """
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -23,9 +24,11 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def init(device: str) -> str:
-    """Connect to the other processes.  Returns the device of this one."""
+    """Connect to the other processes.  Returns the device of this one.  From now on the first one speaks for all."""
     if WORLD_SIZE == 1:
         return device
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)

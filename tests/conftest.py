@@ -3,6 +3,8 @@ train.py, and the real models if they are present.
 """
 
 import contextlib
+import importlib.util
+import inspect
 import io
 import os
 
@@ -12,6 +14,7 @@ import torch
 import train
 from baselines import build
 from data import world
+from iapt import IAPT, Generator
 from model import Config, Decoder
 from plumbing import cli
 from plumbing.checkpoint import RunFolder, load_checkpoint
@@ -33,6 +36,34 @@ def shared(*path):
     if not os.path.exists(where):
         pytest.skip(f"needs {os.path.join('..', 'shared', *path)}")
     return where
+
+
+# -- A reader's own generator ------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser):
+    parser.addoption("--generator", metavar="FILE", help="test IAPT with the class Generator of this file")
+
+
+def pytest_configure(config):
+    if path := config.getoption("--generator"):
+        IAPT.generator = generator_of(path)
+
+
+def generator_of(path):
+    """The class of a file that is a reader's own: one called Generator, or else one derived from ours."""
+    spec = importlib.util.spec_from_file_location("own_generator", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except OSError as e:
+        raise pytest.UsageError(f"--generator {path}: {e.strerror}") from None
+    classes = [x for x in vars(module).values() if inspect.isclass(x) and x.__module__ == "own_generator"]
+    for cls in classes:
+        if cls.__name__ == "Generator" or issubclass(cls, Generator):
+            return cls
+    names = ", ".join(cls.__name__ for cls in classes) or "no class"
+    raise pytest.UsageError(f"--generator {path}: it has {names}, and should have one called Generator")
 
 
 # -- Models and tuners -------------------------------------------------------------------------------------------------

@@ -7,29 +7,27 @@ import torch
 import torch.nn.functional as F
 from conftest import right_padded, shared, small_model, small_tuner
 
+from baselines.embedded import Embedded, EmbeddedTuner
 from data import Tokenizer
-from model import Config, Embedded, HeadLoss, Soft, Tuner, attention_mask, rotary
+from model import Config, Soft, Tuner, attention_mask, rotary
 from plumbing.compiling import compiled_step
+from plumbing.head_loss import HeadLoss, head_loss
 from plumbing.pretrained import load_pretrained
 from sample import beam_search, generate, sample_token
 
 # -- The decoder -------------------------------------------------------------------------------------------------------
 
 
-def test_a_token_looks_at_visible_tokens_up_to_itself_and_at_all_soft_tokens_behind_them():
-    x, k = torch.zeros(2, 3, 8), torch.zeros(2, 1, 2, 4)
+def test_a_token_looks_at_tokens_up_to_itself_and_at_all_soft_tokens_behind_them():
+    k = torch.zeros(2, 1, 2, 4)
     causal = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
     soft = torch.ones(3, 2).bool()
-    assert attention_mask(x, None, None) is None
-    assert torch.equal(attention_mask(x, None, Soft(k, k)), torch.cat((causal, soft), 1))
+    assert attention_mask(3, None) is None
+    assert torch.equal(attention_mask(3, Soft(k, k)), torch.cat((causal, soft), 1))
     keep = torch.tensor([[True, True], [False, True]])
-    mask = attention_mask(x, None, Soft(k, k, keep))
+    mask = attention_mask(3, Soft(k, k, keep))
     assert torch.equal(mask[1, 0], torch.cat((causal, soft & keep[1]), 1))
     assert torch.equal(mask[0, 0], torch.cat((causal, soft), 1))
-    visible = torch.tensor([[True, True, True], [False, True, True]])
-    mask = attention_mask(x, visible, None)
-    assert torch.equal(mask[0, 0], causal)
-    assert torch.equal(mask[1, 0], torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 1]]).bool())  # itself, or it sees nothing
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1024])
@@ -45,8 +43,9 @@ def test_the_loss_of_a_frozen_head_and_its_gradient_are_those_of_cross_entropy(m
         return [loss.detach(), *(p.grad for p in tuner.parameters())]
 
     plain = gradients(F.cross_entropy(model(idx, instr, tuner)[targets >= 0], targets[targets >= 0]) * 3)
-    for a, b in zip(gradients(model(idx, instr, tuner, targets) * 3), plain):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    for loss in (model(idx, instr, tuner, targets), head_loss(model, model.hidden(idx, instr, tuner), targets)):
+        for a, b in zip(gradients(loss * 3), plain):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_the_loss_keeps_no_logits():
@@ -72,9 +71,10 @@ def test_the_loss_counts_targets_alone(model):
 def test_the_loss_without_any_target_is_zero_and_so_is_its_gradient(model):
     """A mean over nothing is nan, and would become the gradient of everything."""
     tuner, (idx, instr) = small_tuner("lora", model), right_padded([6, 4], 6)
-    loss = model(idx, instr, tuner, torch.full_like(idx, -1))
-    loss.backward()
-    assert loss.item() == 0 and not any(p.grad.any() for p in tuner.parameters())
+    nothing = torch.full_like(idx, -1)
+    for loss in (model(idx, instr, tuner, nothing), head_loss(model, model.hidden(idx, instr, tuner), nothing)):
+        loss.backward()
+        assert loss.item() == 0 and not any(p.grad.any() for p in tuner.parameters())
 
 
 def loss_and_kept(model, tuner):
@@ -150,7 +150,7 @@ def test_a_tuner_without_the_instruction_s_mask_is_refused(model):
 # -- Soft tokens among the embeddings, and uneven layers ---------------------------------------------------------------
 
 
-class Around(Tuner):
+class Around(EmbeddedTuner):
     """Two soft tokens before the instruction and one after it, as prompt tuning and dynamic prompting place them."""
 
     def __init__(self, C):
@@ -163,7 +163,7 @@ class Around(Tuner):
         at = token + 2 + (token >= n)
         out = self.rows[2].expand(B, T + 3, C).clone()
         out[:, :2] = self.rows[:2]
-        return Embedded(out.scatter(1, at[..., None].expand(B, T, C), x), at)
+        return Embedded(out.scatter(1, at[..., None].expand(B, T, C), x), at, at.new_full((B,), 3))
 
 
 def test_soft_tokens_among_the_embeddings_are_as_if_they_were_tokens(model):
@@ -192,7 +192,7 @@ def test_soft_tokens_among_the_embeddings_decode_from_the_cache_like_the_rest(mo
 @pytest.mark.parametrize("separate", [False, True])
 def test_layers_with_different_numbers_of_soft_tokens_decode_from_the_cache(model, separate):
     class Uneven(Tuner):
-        def prompt(self, l, x, instr):
+        def soft_tokens(self, l, x, instr):
             return None if l == 0 else torch.ones(len(x), 3, 32) * torch.arange(1, 4)[:, None]
 
     tuner = Uneven()

@@ -7,8 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from baselines import METHODS, build
+from baselines.embedded import Embedded, EmbeddedTuner
 from baselines.tenants import Tenants
-from model import NO_TUNER, Embedded, Tuner
+from model import NO_TUNER
 from sample import generate
 
 MIXED = [
@@ -64,7 +65,7 @@ def test_a_mixed_batch_equals_one_tenant_at_a_time(model, mixed):
 def test_tenants_of_iapt_are_asked_together_if_nothing_but_their_weights_differs(model):
     tuners = [tenant(*spec, model, seed) for seed, spec in enumerate(ALIKE)]
     tenants = Tenants(tuners, [*range(len(tuners)), -1, 0, 1])
-    tuners[10].generators[0].w_sa.requires_grad_(False)
+    tuners[10].generators[0].W_sa.requires_grad_(False)
     tenants.attach(model)
     frozen, together, each_alone = [12], [[0, 13, 1, 14], [4, 5], [8, 9]], [[2], [3], [6], [7], [10], [11]]
     assert sorted(rows for rows, _ in tenants.parts) == sorted([frozen, *together, *each_alone])
@@ -149,9 +150,10 @@ def test_what_cannot_share_a_model_is_refused(model):
 
 
 def test_an_embedding_tenant_that_adds_no_rows_still_acts(model):
-    class Shift(Tuner):
+    class Shift(EmbeddedTuner):
         def embed(self, x, instr):
-            return Embedded(x + 1)
+            B, T, _ = x.shape
+            return Embedded(x + 1, torch.arange(T).expand(B, T), torch.zeros(B, dtype=torch.long))
 
     idx, instr = right_padded([5, 5], 5)
     both = model(idx, instr, Tenants([Shift()], [0, -1]))

@@ -25,7 +25,7 @@ from data import TINY, Tokenizer, collate, encode, load_splits
 from data.scores import accuracy, evaluate, score_examples
 from iapt import IAPT
 from model import Config, Tuner
-from plumbing import cli
+from plumbing import cli, explain
 from plumbing.checkpoint import RunFolder, load_checkpoint
 from plumbing.compiling import compile_parts
 from plumbing.files import copy_tokenizer
@@ -258,7 +258,7 @@ def test_adding_a_method_is_one_class_and_one_entry(rows, tmp_path, monkeypatch)
             super().__init__()
             self.rows = torch.nn.Parameter(torch.zeros(size, config.n_embd))
 
-        def prompt(self, l, x, instr):
+        def soft_tokens(self, l, x, instr):
             return self.rows.expand(len(x), -1, -1)
 
     monkeypatch.setitem(METHODS, "nudge", Nudge)
@@ -272,6 +272,8 @@ def test_adding_a_method_is_one_class_and_one_entry(rows, tmp_path, monkeypatch)
     assert "nudge" in run_in(train, "--help")[1]
     asked = run_in(train, *SMALL, "--data", rows, "--out", out, "--force", "--method", "nudge", "-o", "x=1")
     assert asked == (2, "error: nudge has no option 'x'. It has: size=2\n")
+    status, text = run_in(train, "--method", "nudge", "-o", "help")
+    assert status == 0 and text.endswith("options:\n  size=2\n")
 
 
 # -- What a run leaves -------------------------------------------------------------------------------------------------
@@ -384,7 +386,8 @@ def test_explain_shows_weights_of_the_instruction_s_words(trained, capsys):
     assert len(lines) == 4 * 4 and lines[0].startswith("layer  1, token 1:  ")
     model, tokenizer, _, (tuner,) = sample.open_runs([trained])
     prompt = tokenizer.prompt("Instruction: what is the capital of peru ?\nResponse:")
-    legend, *lines_in_color = cli.shade_words(*sample.reading_weights(model, tokenizer, tuner, prompt), True)
+    weights = explain.reading_weights(model, tuner, prompt)
+    legend, *lines_in_color = explain.shade_words(tokenizer.words(prompt), weights, True)
     assert legend == "What each soft token reads (darker: more):"
     for line in lines_in_color:
         assert re.sub(r"\x1b\[[0-9;]*m", "", line).endswith("what is the capital of peru ?\\nResponse:")
@@ -474,7 +477,7 @@ def test_a_checkpoint_is_opened_as_it_was_made_even_where_a_default_has_changed(
     monkeypatch.setitem(METHODS, "iapt", Other)
     assert inspect.signature(IAPT).parameters.keys() == inspect.signature(Other).parameters.keys()
     *_, (tuner,) = sample.open_runs([trained])
-    assert (tuner.generators[0].w_sa.shape[1], tuner.repeat) == (4, 3)
+    assert (tuner.generators[0].W_sa.shape[1], tuner.repeat) == (4, 3)
     assert build("iapt", Config(vocab_size=9, n_layer=1, n_head=2, n_embd=16)).repeat == 1
 
 
