@@ -14,6 +14,7 @@ tenth each, so that no instruction stands on both sides.  docs/DATA.md has more.
 """
 
 import functools
+import http.client
 import json
 import os
 import re
@@ -133,9 +134,10 @@ def locate_files(source: Source, files: list[str], folder: str) -> dict[str, str
 def download(url: str, sha256: str, path: str):
     """Download a file, unless it is there, and check it.  sha256 may be its first digits."""
     try:
-        hub.download_file(url, path, lambda part: hub.file_hash(part).startswith(sha256))
-    except (OSError, ValueError) as e:
-        raise type(e)(f"{e}. Or download it in another way, and name it with --file") from None
+        hub.download_file(url, path, sha256=sha256)
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        advice = "try again, or download it in another way and name it with --file"
+        raise OSError(f"no {url} ({type(e).__name__}: {e}): {advice}") from e
 
 
 def extract(archive: str, member: str, folder: str) -> str:

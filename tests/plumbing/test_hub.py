@@ -1,16 +1,12 @@
-"""Models by name, against a server on loopback that behaves as the hub does, and as it should not."""
+"""Models by name, with the package huggingface_hub and without it, against a server on loopback that acts as a hub."""
 
-import errno
-import hashlib
 import http.server
 import json
-import multiprocessing
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 import threading
-import time
 import urllib.parse
 
 import pytest
@@ -20,28 +16,25 @@ from conftest import small_model
 from plumbing import hub, pretrained
 
 COMMIT = "0123abcd" * 5
-TOKENIZER = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-             "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]  # fmt: skip
+INFO = "/api/models/owner/name/revision/main"
+TREE = f"/api/models/owner/name/tree/{COMMIT}"
+TOKENIZER = ["tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja", "original/tokenizer.model"]
+UNUSED = ["README.md", "onnx/config.json", "model.onnx", "pytorch_model.bin"]
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves `files` of owner/name.  `trouble` maps a file to what goes wrong with it."""
+    """Serves `files` of owner/name.  `trouble` is what goes wrong with a file, `status` the number that a path gets."""
 
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.files, self.trouble, self.requests, self.status = files, {}, [], {}
+        self.files, self.trouble, self.status, self.error_code, self.requests = files, {}, {}, "", []
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
-    def listing(self):
-        siblings = []
-        for name, data in self.files.items():
-            row = {"rfilename": name, "size": len(data)}
-            if name.endswith((".safetensors", ".bin")):
-                row["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-            else:
-                row["blobId"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-            siblings.append(row)
-        return json.dumps({"sha": COMMIT, "siblings": siblings}).encode()
+    def content(self, name):
+        sizes = [(name, len(data)) for name, data in self.files.items()]
+        info = {"id": "owner/name", "sha": COMMIT, "siblings": [dict(rfilename=n, size=k) for n, k in sizes]}
+        lists = {INFO: info, TREE: [dict(type="file", path=n, size=k, oid=n) for n, k in sizes]}
+        return json.dumps(lists[name]).encode() if name in lists else self.files.get(name)
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -49,302 +42,247 @@ class Answer(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        server, path = self.server, urllib.parse.unquote(self.path.split("?")[0])
-        name = path.split(f"/resolve/{COMMIT}/")[-1]
-        server.requests.append((name, dict(self.headers)))
-        trouble = server.trouble.get(name)
-        if server.status.get(name):
-            self.send_response(server.status[name])
-            self.end_headers()
-            return
-        if trouble and trouble[0] == "redirect":
-            self.send_response(302)
-            self.send_header("Location", trouble[1] + self.path)
-            self.end_headers()
-            return
-        listing = path == "/api/models/owner/name/revision/main"
-        if not listing and name not in server.files:
-            self.send_response(404)
-            self.end_headers()
-            return
-        data = server.listing() if listing else server.files[name]
-        if trouble and trouble[0] == "other content":
-            data = bytes(len(data))
-        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-        if trouble and trouble[0] == "no ranges":
-            start = 0
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(data) - start))
+        name = urllib.parse.unquote(self.path.split("?")[0]).split(f"/resolve/{COMMIT}/")[-1]
+        self.server.requests.append(name)
+        content, trouble = self.server.content(name), self.server.trouble.get(name)
+        status = self.server.status.get(name, 404 if content is None else 200)
+        data = content if status == 200 else b""
+        sent = data[: len(data) // 3] if trouble in ("cut", "short") else bytes(len(data)) if trouble else data
+        self.send_response(status)
+        headers = {"X-Error-Code": self.server.error_code, "X-Repo-Commit": COMMIT, "ETag": name.replace("/", "-")}
+        for header, value in {**headers, "Content-Length": len(sent if trouble == "short" else data)}.items():
+            self.send_header(header, str(value))
         self.end_headers()
-        stop = len(data)
-        if trouble and trouble[0] in ("cut", "no ranges") and trouble[1] > 0:
-            trouble[1] -= 1
-            stop = min(len(data), start + len(data) // 3)
-        if trouble and trouble[0] == "stall":
-            self.wfile.write(data[start : start + 100])
-            time.sleep(1.0)
-            return
-        self.wfile.write(data[start:stop])
+        if self.command == "GET":
+            self.wfile.write(sent)
+
+    do_HEAD = do_GET
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    folder = tmp_path / "model"
-    pretrained.save_pretrained(folder, small_model("llama"))
-    for name in TOKENIZER:
-        (folder / name).write_text(f"content of {name}")
-    server = Hub({name: (folder / name).read_bytes() for name in os.listdir(folder)})
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+@pytest.fixture(params=["plain", "package"])
+def either(request, tmp_path, monkeypatch):
+    """A hub with a small model, and an empty cache: without the package, and with it."""
+    pretrained.save_pretrained(tmp_path / "model", small_model("llama"))
+    files = {name: (tmp_path / "model" / name).read_bytes() for name in os.listdir(tmp_path / "model")}
+    server = Hub({**files, **{name: f"content of {name}".encode() for name in (*TOKENIZER, *UNUSED)}})
+    clear_variables(monkeypatch)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(hub, "PAUSE", 0.0)
-    monkeypatch.setattr(hub, "TIMEOUT", 0.3)
+    monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    if request.param == "plain":
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it fails
+    else:  # it read HF_ENDPOINT when it was imported
+        constants = pytest.importorskip("huggingface_hub.constants", reason="pip install huggingface_hub")
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.ENDPOINT)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.ENDPOINT)
     yield server
     server.shutdown()
 
 
+plain = pytest.mark.parametrize("either", ["plain"], indirect=True)
+package = pytest.mark.parametrize("either", ["package"], indirect=True)
+
+
+def clear_variables(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "XDG_")):
+            monkeypatch.delenv(name)
+
+
 def left(tmp_path):
-    """The files under the cache: what a failed download leaves behind."""
-    return sorted(name for _, _, names in os.walk(tmp_path / "cache") for name in names)
+    """The files under the cache that could be taken for a model's weights, for half of them, or for a reference."""
+    names = [name for _, _, names in os.walk(tmp_path / "cache") for name in names]
+    return [name for name in names if name == "main" or name.endswith((".safetensors", ".tmp", ".incomplete"))]
 
 
-def same(folder, server):
-    return all(open(os.path.join(folder, name), "rb").read() == data for name, data in server.files.items())
+def same(folder, server, unused=UNUSED):
+    """Whether a folder has the server's files, but not those that we do not read."""
+    found = {name for name in server.files if os.path.exists(os.path.join(folder, name))}
+    read = {name: open(os.path.join(folder, name), "rb").read() for name in found}
+    return read == {name: data for name, data in server.files.items() if name not in unused}
 
 
-def test_a_model_is_downloaded_once_and_then_found_without_the_network(server, monkeypatch):
+def test_what_we_read_is_downloaded_once_and_then_found_without_the_network_or_the_package(either, monkeypatch):
     folder = hub.find_model("owner/name")
-    assert same(folder, server)
-    n = len(server.requests)
-    assert hub.find_model("owner/name") == folder and len(server.requests) == n
+    assert same(folder, either)
+    n = len(either.requests)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert runpy.run_path(hub.__file__)["find_model"]("owner/name") == folder and len(either.requests) == n
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert hub.find_model("owner/name") == folder
     idx = torch.randint(0, 50, (1, 9))
     assert torch.equal(pretrained.load_pretrained(folder)(idx), small_model("llama")(idx))
 
 
-@pytest.mark.parametrize("trouble", ["cut", "no ranges"])
-def test_a_download_that_breaks_is_resumed(server, trouble):
-    server.trouble["model.safetensors"] = [trouble, 2]
-    assert same(hub.find_model("owner/name"), server)
-    ranges = [h.get("Range") for name, h in server.requests if name == "model.safetensors"]
-    n = len(server.files["model.safetensors"]) // 3
-    assert ranges == [None, f"bytes={n}-", f"bytes={2 * n if trouble == 'cut' else n}-"]
+@plain
+def test_the_package_finds_what_was_downloaded_without_it(either, monkeypatch):
+    folder = hub.find_model("owner/name")
+    monkeypatch.delitem(sys.modules, "huggingface_hub")
+    library = pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub")
+    settings = {"cache_dir": hub.cache_folder(), "local_files_only": True}
+    assert library.snapshot_download("owner/name", **settings) == folder
+    assert library.hf_hub_download("owner/name", "config.json", **settings) == os.path.join(folder, "config.json")
 
 
-def test_a_killed_download_goes_on_where_it_was(server, tmp_path):
-    part = tmp_path / "cache" / "models--owner--name" / "snapshots" / COMMIT / "model.safetensors.part"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(server.files["model.safetensors"][:1000])
-    assert same(hub.find_model("owner/name"), server)
-    assert [h.get("Range") for name, h in server.requests if name == "model.safetensors"] == ["bytes=1000-"]
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_what_has_another_hash_is_refused_and_deleted(server, tmp_path, name):
-    server.trouble[name] = ["other content"]
-    with pytest.raises(ValueError, match=f"{name} of owner/name from http.* arrived broken"):
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_half_a_download_is_no_model_and_the_next_one_completes_it(either, tmp_path, monkeypatch, variable):
+    either.status["model.safetensors"] = 403
+    with pytest.raises(OSError, match="owner/name .*403"):
         hub.find_model("owner/name")
-    assert name not in left(tmp_path) and f"{name}.part" not in left(tmp_path)
-    server.trouble.clear()
-    assert same(hub.find_model("owner/name"), server)
+    assert left(tmp_path) == []
+    n = len(either.requests)
+    with monkeypatch.context() as m, pytest.raises(FileNotFoundError, match="in .*cache, and HF_HUB_OFFLINE is set"):
+        m.setenv(variable, "YES")
+        hub.find_model("owner/name")
+    assert len(either.requests) == n
+    either.status.clear()
+    assert same(hub.find_model("owner/name"), either)
 
 
-@pytest.mark.parametrize(
-    "status, token, error, says",
-    [
-        (401, None, PermissionError, "owner/name is gated: .* set HF_TOKEN"),
-        (403, "secret", PermissionError, "owner/name is gated: .* your HF_TOKEN does not open it"),
-        (404, None, FileNotFoundError, "has no owner/name, and there is no folder of that name"),
-        (500, None, ConnectionError, "no owner/name from .*no folder of that name: try again, or give a folder"),
-    ],
-)
-def test_the_hub_s_refusals_say_what_to_do(server, tmp_path, monkeypatch, status, token, error, says):
-    if token:
-        monkeypatch.setenv("HF_TOKEN", token)
-    server.status["/api/models/owner/name/revision/main"] = status
-    with pytest.raises(error, match=says):
+@plain
+@pytest.mark.parametrize("trouble", ["cut", "short"])
+def test_a_file_that_is_cut_off_or_shorter_than_listed_leaves_nothing(either, tmp_path, trouble):
+    either.trouble["model.safetensors"] = trouble
+    with pytest.raises(ConnectionError, match="model.safetensors was cut off: .* bytes arrived.*: try again"):
         hub.find_model("owner/name")
     assert left(tmp_path) == []
 
 
-def test_a_file_that_never_comes_leaves_a_part_to_go_on_from(server, tmp_path):
-    server.status["model.safetensors"] = 503
-    with pytest.raises(ConnectionError, match="no model.safetensors of owner/name .* Try again"):
-        hub.find_model("owner/name")
-    assert "model.safetensors" not in left(tmp_path) and "main" not in left(tmp_path)
-
-
-def test_a_server_that_stalls_is_given_up_only_when_nothing_comes(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "TIMEOUT", 0.1)
-    server.files["model.safetensors"] = server.files["model.safetensors"][:450]
-    server.trouble["model.safetensors"] = ["stall"]  # 100 bytes, then silence: every attempt brings a little more
-    assert same(hub.find_model("owner/name"), server)
-
-
-@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
-def test_no_network_is_one_line(variable, server, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match="no owner/name from http://127.0.0.1:9 .*give a folder"):
-        hub.find_model("owner/name")
-    monkeypatch.setenv(variable, "1")
-    with pytest.raises(FileNotFoundError, match="no such folder, it is not in .*cache, and HF_HUB_OFFLINE forbids"):
+@package
+def test_weights_that_the_package_leaves_out_without_a_word_are_missed(either):
+    """Where the server lists no files, it takes a folder of that commit for the whole model."""
+    os.makedirs(hub.repo_path("owner/name", "snapshots", COMMIT))
+    with open(hub.repo_path("owner/name", "snapshots", COMMIT, "config.json"), "wb") as f:
+        f.write(either.files["config.json"])
+    either.status[TREE] = 403
+    with pytest.raises(ConnectionError, match="model.safetensors did not come"):
         hub.find_model("owner/name")
 
 
-def test_a_full_disk_says_how_much_is_wanted_and_leaves_no_model(server, tmp_path, monkeypatch):
-    def stream(open_from, f, size, description):
-        f.write(b"x" * 10)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(hub, "_stream", stream)
-    with pytest.raises(OSError, match="no space for .*config.json: 0 MB needed"):
+@pytest.mark.parametrize(
+    "path, status, code, error, says",
+    [
+        ("config.json", 401, "GatedRepo", PermissionError, "owner/name is gated: accept its terms on .*/owner/name, "),
+        ("config.json", 403, "GatedRepo", PermissionError, "owner/name is gated: accept its terms on .*/owner/name, "),
+        (INFO, 401, "", FileNotFoundError, r"http\S+ has no public owner/name \(401\)"),
+        (INFO, 404, "RepoNotFound", FileNotFoundError, r"http\S+ has no public owner/name \(404\)"),
+        (INFO, 500, "", ConnectionError, r"no owner/name from http\S+ \(.*500.*\): try again, or give a folder"),
+    ],
+)
+def test_the_hub_s_refusals_say_what_to_do(either, tmp_path, path, status, code, error, says):
+    either.status[path], either.error_code = status, code
+    with pytest.raises(error, match=says) as raised:
         hub.find_model("owner/name")
-    assert "config.json" not in left(tmp_path)
+    text, missing = str(raised.value), sys.modules["huggingface_hub"] is None
+    assert "\n" not in text and left(tmp_path) == []
+    assert ("set HF_TOKEN" in text, "pip install huggingface_hub" in text) == (status < 500, status < 500 and missing)
 
 
-def test_two_processes_at_once_both_find_the_model(server):
-    server.trouble["model.safetensors"] = ["cut", 2]
-    context = multiprocessing.get_context("fork")
-    folders = context.Queue()
-    run = [context.Process(target=lambda: folders.put(hub.find_model("owner/name"))) for _ in range(2)]
-    for p in run:
-        p.start()
-    folders = [folders.get(timeout=60) for _ in run]
-    assert folders[0] == folders[1] and same(folders[0], server)
-    fetched = [h.get("Range") for name, h in server.requests if name == "model.safetensors"]
-    assert fetched.count(None) == 1  # the second one waited, and took what the first had fetched
-    assert not any(name.endswith(".part") for name in os.listdir(folders[0]))
+def test_no_network_and_an_answer_that_is_no_list_of_files_are_one_line(either, monkeypatch):
+    monkeypatch.setattr(either, "content", lambda name: b"<html>")
+    with pytest.raises(ConnectionError, match="no owner/name from http.*Expecting value.*: try again"):
+        hub.find_model("owner/name")
+    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match="no owner/name from http://127.0.0.1:9 .*refused.*give a folder"):
+        hub.find_model("owner/name")
 
 
-def test_the_ecosystem_s_cache_of_links_is_used(server, tmp_path):
-    folder = hub.find_model("owner/name")
+@plain
+@pytest.mark.parametrize("variable", ["HF_TOKEN", "HF_ENDPOINT"])
+def test_what_needs_the_package_is_refused_without_it(either, monkeypatch, variable):
+    with monkeypatch.context() as m, pytest.raises(ValueError, match=f"with {variable}, pip install huggingface_hub"):
+        m.setenv(variable, "http://127.0.0.1:9")
+        hub.find_model("owner/name")
+    del either.files["model.safetensors"]
+    with pytest.raises(ValueError, match="owner/name has no safetensors: .* pip install huggingface_hub"):
+        hub.find_model("owner/name")
+
+
+@package
+def test_the_package_brings_a_bin_file_where_there_is_no_safetensors(either):
+    del either.files["model.safetensors"]
+    assert same(hub.find_model("owner/name"), either, UNUSED[:-1])
+
+
+def test_the_ecosystem_s_cache_of_links_is_used(either, tmp_path):
     root = tmp_path / "cache" / "models--openai-community--gpt2"
-    (root / "blobs").mkdir(parents=True)
+    folder = root / "snapshots" / COMMIT
+    shutil.copytree(hub.find_model("owner/name"), root / "blobs")
     (root / "refs").mkdir()
-    (root / "snapshots" / COMMIT).mkdir(parents=True)
     (root / "refs" / "main").write_text(COMMIT)
-    for name in os.listdir(folder):
-        shutil.copy(os.path.join(folder, name), root / "blobs" / name)
-        os.symlink(os.path.join("..", "..", "blobs", name), root / "snapshots" / COMMIT / name)
-    n = len(server.requests)
-    assert hub.find_model("gpt2") == str(root / "snapshots" / COMMIT) and len(server.requests) == n
+    folder.mkdir(parents=True)
+    for name in os.listdir(root / "blobs"):
+        os.symlink(os.path.join("..", "..", "blobs", name), folder / name)
+    n = len(either.requests)
+    assert hub.find_model("gpt2") == str(folder) and len(either.requests) == n
     os.remove(root / "blobs" / "model.safetensors")  # half a snapshot is none, though the link is still there
-    with pytest.raises(FileNotFoundError, match="has no openai-community/gpt2"):
+    with pytest.raises(FileNotFoundError, match="has no public openai-community/gpt2"):
         hub.find_model("gpt2")
 
 
-def test_shards_are_all_fetched(server):
-    data = server.files.pop("model.safetensors")
-    half = {"a.safetensors": data, "b.safetensors": data}
-    server.files.update(half)
+@pytest.mark.parametrize("whole", [True, False])
+def test_shards_are_all_fetched_and_one_that_is_missing_is_named(either, whole):
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
-    server.files["model.safetensors.index.json"] = json.dumps(index).encode()
-    assert same(hub.find_model("owner/name"), server)
-    assert hub.find_model("owner/name")
+    either.files |= {"model.safetensors.index.json": json.dumps(index).encode(), "a.safetensors": b"a"}
+    either.files["b.safetensors" if whole else "c.safetensors"] = either.files.pop("model.safetensors")
+    if whole:
+        folder = hub.find_model("owner/name")
+        assert same(folder, either) and hub.cached_model("owner/name") == folder
+        os.remove(os.path.join(folder, "b.safetensors"))
+    else:
+        with pytest.raises(OSError, match="b.safetensors did not come"):
+            hub.find_model("owner/name")
+    assert hub.cached_model("owner/name") is None
 
 
-def test_the_token_is_sent_to_the_hub_and_to_nobody_it_sends_us_to(server, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    other = Hub(server.files)
-    server.trouble["model.safetensors"] = ["redirect", f"http://localhost:{other.server_port}"]
-    assert same(hub.find_model("owner/name"), server)
-    assert all(h.get("Authorization") == "Bearer secret" for _, h in server.requests)
-    assert len(other.requests) == 1 and "Authorization" not in other.requests[0][1]
-    other.shutdown()
-
-
-def test_a_model_that_we_cannot_run_is_refused_before_its_weights_come(server):
-    config = json.loads(server.files["config.json"])
-    server.files["config.json"] = json.dumps({**config, "model_type": "bert"}).encode()
-    with pytest.raises(ValueError, match="model_type is 'bert'"):
+@pytest.mark.parametrize("trouble, says", [("model_type", "model_type is 'bert'"), ("weights", "it has neither model")])
+def test_a_model_that_we_cannot_run_is_refused_before_its_weights_come(either, trouble, says):
+    if trouble == "weights":
+        del either.files["model.safetensors"], either.files["pytorch_model.bin"]
+    else:
+        either.files["config.json"] = either.files["config.json"].replace(b'"llama"', b'"bert"')
+    with pytest.raises(ValueError, match=says):
         hub.find_model("owner/name")
-    assert not any(name == "model.safetensors" for name, _ in server.requests)
+    assert "config.json" in either.requests and "model.safetensors" not in either.requests
 
 
-HOME = "/home/me"
-VARIABLES = [
-    {},
-    {"XDG_CACHE_HOME": "/xdg"},
-    {"XDG_CACHE_HOME": "~/xdg"},
-    {"XDG_CACHE_HOME": "/xdg", "HF_HOME": "/hf"},
-    {"HF_HOME": "~/hf"},
-    {"HF_HOME": "$HOME/hf"},
-    {"HUGGINGFACE_HUB_CACHE": "/old"},
-    {"HUGGINGFACE_HUB_CACHE": "~/old", "HF_HOME": "/hf"},
-    {"HUGGINGFACE_HUB_CACHE": "/old", "HF_HUB_CACHE": "${HOME}/new"},
-    {"HF_HUB_CACHE": "~/new", "HF_HOME": "/hf", "XDG_CACHE_HOME": "/xdg"},
-    {"HF_HUB_OFFLINE": "1"},
-    {"HF_HUB_OFFLINE": "on"},
-    {"HF_HUB_OFFLINE": "2"},
-    {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "1"},
-    {"TRANSFORMERS_OFFLINE": "YES"},
-    {"HF_HUB_OFFLINE": "", "TRANSFORMERS_OFFLINE": "true"},
-    {"HF_TOKEN": " a\n"},
-    {"HUGGING_FACE_HUB_TOKEN": "b"},
-    {"HF_TOKEN": "a", "HUGGING_FACE_HUB_TOKEN": "b"},
-    {"HF_TOKEN": "", "HUGGING_FACE_HUB_TOKEN": "b"},
-    {"HF_HOME": "TMP"},  # which holds a file called token
-    {"HF_HOME": "TMP", "HF_TOKEN": "a"},
-    {"HF_TOKEN_PATH": "TMP/other"},
-    {"HF_HOME": "TMP", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"},
-    {"HF_ENDPOINT": "http://mirror/"},
-]
-LIBRARY = """
-import json, os, sys
-for variables in json.load(sys.stdin):
-    for name in list(os.environ):
-        if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "XDG_")):
-            del os.environ[name]
-    os.environ.update(variables)
-    for name in list(sys.modules):
-        if name.startswith("huggingface_hub"):
-            del sys.modules[name]
-    from huggingface_hub import constants
-    from huggingface_hub.utils._headers import get_token_to_send
-    token = get_token_to_send(None) or ""
-    print(json.dumps([constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE, token, constants.ENDPOINT]))
-"""
+VARIABLES = """
+XDG_CACHE_HOME=~/xdg
+XDG_CACHE_HOME=/xdg HF_HOME=/hf
+HF_HOME=$HOME/hf
+HUGGINGFACE_HUB_CACHE=/old HF_HOME=/hf
+HUGGINGFACE_HUB_CACHE=/old HF_HUB_CACHE=${HOME}/new
+HF_HUB_CACHE=~/new HF_HOME=/hf XDG_CACHE_HOME=/xdg"""
 
 
-def test_the_variables_mean_what_they_mean_to_huggingface_hub(tmp_path, monkeypatch):
-    pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub")
-    (tmp_path / "token").write_text("from a file\n")
-    (tmp_path / "other").write_text("\nfrom another\r\n")
-    cases = [{k: v.replace("TMP", str(tmp_path)) for k, v in case.items()} for case in VARIABLES]
-    env = {**os.environ, "HOME": HOME}
-    library = subprocess.run([sys.executable, "-c", LIBRARY], input=json.dumps(cases), env=env, capture_output=True,
-                             text=True, check=True)  # fmt: skip
-    for case, line in zip(cases, library.stdout.splitlines(), strict=True):
-        with monkeypatch.context() as m:
-            for name in os.environ:
-                if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "XDG_")):
-                    m.delenv(name)
-            for name, value in {"HOME": HOME, **case}.items():
-                m.setenv(name, value)
-            ours = [hub.cache_folder(), hub.is_offline(), hub.access_token(), hub.endpoint()]
-        assert ours == json.loads(line), case
+@pytest.mark.parametrize("variables", VARIABLES.split("\n"))
+def test_the_variables_mean_what_they_mean_to_huggingface_hub(variables, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants", reason="pip install huggingface_hub")
+    clear_variables(monkeypatch)
+    for variable in ["HOME=/home/me", *variables.split()]:
+        monkeypatch.setenv(*variable.split("="))
+    assert hub.cache_folder() == runpy.run_path(constants.__file__)["HF_HUB_CACHE"]
 
 
-def test_a_model_in_the_cache_that_lacks_a_tokenizer_is_completed_or_used_as_it_is(server, monkeypatch):
+def test_a_model_in_the_cache_that_lacks_a_tokenizer_is_completed_or_used_as_it_is(either, monkeypatch):
     folder = hub.find_model("owner/name")
-    for name in TOKENIZER:
-        os.remove(os.path.join(folder, name))
-    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
-    assert hub.find_model("owner/name") == folder  # its loader will say what is missing
-    monkeypatch.delenv("TRANSFORMERS_OFFLINE")
-    assert hub.find_model("owner/name") == folder and same(folder, server)
-    os.remove(os.path.join(folder, "tokenizer.json"))
-    os.remove(os.path.join(folder, "vocab.json"))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    paths = [os.path.join(folder, name) for name in TOKENIZER if name in hub.VOCABULARIES]
+    for path in paths:
+        os.remove(path)
+    with monkeypatch.context() as offline:
+        offline.setenv("TRANSFORMERS_OFFLINE", "1")
+        assert hub.find_model("owner/name") == folder and not os.path.exists(paths[0])  # its loader will say so
+    assert hub.find_model("owner/name") == folder and same(folder, either)
+    for path in paths:
+        os.remove(path)
+    either.status[INFO] = 500
     assert hub.find_model("owner/name") == folder
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "../x", "~/model", "owner/"])
-def test_what_is_no_name_is_not_looked_up(server, name, tmp_path, monkeypatch):
+def test_what_is_no_name_is_not_looked_up(either, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # none of these is a folder here; beside a checkout there may be an x
     with pytest.raises(FileNotFoundError, match="no model at"):
         hub.find_model(name)
-    assert not server.requests
+    assert not either.requests

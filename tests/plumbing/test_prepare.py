@@ -14,7 +14,6 @@ from conftest import ROOT, run_in, shared
 from test_hub import COMMIT, Hub
 
 from data import Tokenizer, collate, encode, load_splits, p3, prepare, template
-from plumbing import hub
 
 LIMA = {"instruction": "what is the capital of peru ?", "input": "", "output": "lima"}
 
@@ -39,8 +38,6 @@ def server(tmp_path, monkeypatch):
         "test": ("films.zip", sha["films.zip"], "in/dev.tsv"),
     }
     monkeypatch.setitem(prepare.SOURCES, "films", dataclasses.replace(prepare.SOURCES["sst2"], home=home, files=films))
-    monkeypatch.setattr(hub, "PAUSE", 0.0)
-    monkeypatch.setattr(hub, "TIMEOUT", 0.3)
     yield server
     server.shutdown()
 
@@ -51,10 +48,12 @@ def written(path, content):
     return str(path)
 
 
-@pytest.mark.parametrize("trouble", [None, ["cut", 2], ["no ranges", 2]])
-def test_a_public_set_is_downloaded_whole_whatever_breaks_and_only_once(server, tmp_path, trouble):
-    server.trouble["train.jsonl"] = trouble
+def test_a_public_set_is_downloaded_whole_and_only_once(server, tmp_path):
     out = str(tmp_path / "qa")
+    server.trouble["train.jsonl"] = "cut"
+    status, text = run_in(prepare, "qa", "--out", out)
+    assert status == 1 and "train.jsonl was cut off" in text and os.listdir(tmp_path / "qa" / "raw") == []
+    server.trouble.clear()
     assert run_in(prepare, "qa", "--out", out)[0] == 0
     rows = load_splits(out)
     assert (len(rows["train"]), len(rows["val"]), len(rows["test"])) == (27, 3, 10)
@@ -66,9 +65,9 @@ def test_a_public_set_is_downloaded_whole_whatever_breaks_and_only_once(server, 
 
 
 def test_a_public_file_that_is_not_what_it_was_is_refused_and_deleted(server, tmp_path):
-    server.trouble["test.jsonl"] = ["other content"]
+    server.trouble["test.jsonl"] = "other content"
     status, text = run_in(prepare, "qa", "--out", str(tmp_path / "qa"))
-    assert status == 1 and "test.jsonl from http" in text and "arrived broken" in text and "--file" in text
+    assert status == 1 and "/test.jsonl" in text and "arrived broken" in text and "--file" in text
     assert os.listdir(tmp_path / "qa" / "raw") == ["train.jsonl"] and not (tmp_path / "qa" / "train.jsonl").exists()
 
 
@@ -77,7 +76,8 @@ def test_a_server_that_refuses_is_one_line_that_names_another_way(server, tmp_pa
     assert status == 2 and "is a file" in text
     server.status["train.jsonl"] = 404
     status, text = run_in(prepare, "qa", "--out", str(tmp_path / "qa"))
-    assert status == 1 and "answered 404" in text and "name it with --file" in text and "Traceback" not in text
+    assert status == 1 and "/train.jsonl (HTTPError: HTTP Error 404" in text and "Traceback" not in text
+    assert "name it with --file" in text
 
 
 def test_a_public_set_can_come_from_files_that_one_has(server, tmp_path):
@@ -107,7 +107,8 @@ def test_an_archive_s_files_become_rows_with_label_words(server, tmp_path):
 def test_the_checksums_are_those_of_the_real_files():
     folder = shared("datasets", "e2e")
     for name, sha256 in (prepare.SOURCES["e2e"].files["val"], prepare.SOURCES["e2e"].files["test"]):
-        assert hub.file_hash(os.path.join(folder, name)) == sha256
+        with open(os.path.join(folder, name), "rb") as f:
+            assert hashlib.sha256(f.read()).hexdigest() == sha256
     hashes = [
         sha256 for name, source in prepare.SOURCES.items() if name != "p3" for _, sha256, *_ in source.files.values()
     ]
