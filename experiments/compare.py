@@ -30,7 +30,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -310,17 +310,20 @@ def open_config(args: Namespace) -> Config:
 
 def rows_of_table(args: Namespace) -> list[dict]:
     """The rows, as they are finished; saved after each."""
-    rows, names = [], args.methods if args.validate_only else ["frozen", *args.methods]
+    rows, waiting, running = [], args.methods[::-1] + ["frozen"] * (not args.validate_only), set()
     threads = max(1, torch.get_num_threads() // args.jobs)
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), start_process, (threads,)) as pool:
-        futures = [pool.submit(measure, args, name) for name in names]
-        try:
-            for future in tqdm(as_completed(futures), total=len(names), unit="method", dynamic_ncols=True):
+    with (
+        ProcessPoolExecutor(args.jobs, get_context("spawn"), start_process, (threads,)) as pool,
+        tqdm(total=len(waiting), unit="method", dynamic_ncols=True) as bar,
+    ):
+        while waiting or running:
+            while waiting and len(running) < args.jobs:  # no more: Ctrl-C reaches all that run, and no other begins
+                running.add(pool.submit(measure, args, waiting.pop()))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
                 rows.append(future.result())
                 save(rows, args)
-        except BaseException:  # Ctrl-C has reached the runs, too: they save, and no other begins
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+                bar.update()
     return rows
 
 

@@ -106,10 +106,8 @@ def report(rows: list[dict], scores: Scores) -> Iterator[str]:
     """Lines of Markdown: scores, differences to IAPT (without it, to the best method), the controls, the texts."""
     tests, plain = scores.tests, ["plain text"] * bool(scores.get("frozen", "plain"))
     order = sorted((row for row in rows if "lr" in row), key=lambda row: scores.nats(row["method"], tests[0]))
-    frozen = {"method": "frozen", "trainable": 0}
-    yield from markdown(
-        ["method", "trained", "rate", *tests, *plain], (losses(row, scores) for row in [*order, frozen])
-    )
+    lines = (losses(row, scores) for row in [*order, {"method": "frozen", "trainable": 0}])
+    yield from markdown(["method", "trained", "rate", *tests, *plain], lines)
     yield "\nNats per token (rows answered exactly)."
     if plain:
         yield "Plain text: the rise of the loss on text that has nothing to do with the tasks."

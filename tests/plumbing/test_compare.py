@@ -2,6 +2,7 @@
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -325,6 +326,22 @@ def test_without_the_packages_of_the_metrics_nothing_begins(monkeypatch, tmp_pat
     with pytest.raises(ModuleNotFoundError, match="need sacrebleu: pip install sacrebleu rouge-score"):
         compare.main(["e2e", "--out", str(tmp_path / "x")])
     assert not os.path.exists(tmp_path / "x")
+
+
+def test_after_an_interruption_no_other_method_begins(tmp_path, monkeypatch):
+    begun = []
+
+    def stopped(args, name):
+        begun.append(name)
+        raise SystemExit("stopped")
+
+    monkeypatch.setattr(compare, "measure", stopped)
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
+    with pytest.raises(SystemExit):
+        compare.rows_of_table(
+            compare.parse(["tiny", "--methods", "capt,ia3,iapt", "--jobs", "2", "--out", str(tmp_path)])
+        )
+    assert begun == ["frozen", "capt"]
 
 
 @pytest.mark.slow
