@@ -1,6 +1,6 @@
 """Benchmarks: what the activation, a training step and answers cost.
 
-    python -m experiments.bench rational        # the activation, forward and backward, beside GELU
+    python -m experiments.bench rational        # the learned activation, beside GELU
     python -m experiments.bench step            # a training step of each method, beside those of peft
     python -m experiments.bench serve           # many tenants in one batch, method by method
     python -m experiments.bench generate        # answers, beside those of transformers and peft
@@ -17,6 +17,7 @@ with the quartiles, of the ratio to another rival in the same round.
 import functools
 import gc
 import itertools
+import math
 import os
 import platform
 import shlex
@@ -27,7 +28,6 @@ from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -38,8 +38,9 @@ from tqdm import tqdm
 from baselines import METHODS, build
 from baselines.hooks import Hooked
 from baselines.tenants import Tenants
-from iapt import Rational, RationalFunction, rational
-from model import NO_TUNER, Config, Decoder, Embedded, Tuner
+from experiments.report import markdown
+from iapt import Rational
+from model import NO_TUNER, Config, Decoder, Tuner
 from plumbing.cli import Parser, add_device_options, at_least, pick_device, run
 from plumbing.compiling import compile_parts, compiled_step
 from plumbing.files import replacing, write_json
@@ -140,20 +141,16 @@ def compare(rivals: dict[str, Callable], bases: dict[str, str], tokens: int, tit
     return cells
 
 
-def report(args: Namespace, rows: list[dict], notes: Iterable[str] = ()):
-    """Print rows (dicts of the same keys) as a Markdown table with notes after it, and save both."""
-
-    def line(cells):
-        return f"| {' | '.join(cells)} |"
+def report(args: Namespace, rows: list[dict]):
+    """Print rows (dicts of the same keys) as a Markdown table, and save both."""
 
     def text(cell):
         return "{:.2f} ({:.2f} to {:.2f})".format(*cell) if isinstance(cell, list) else str(cell)
 
     about = {"command": f"python -m experiments.bench {args.argv}", "machine": machine(args.device)}
     about["threads"] = torch.get_num_threads()
-    lines = [line(rows[0]), "|" + "---|" * len(rows[0])]
-    lines += [line(map(text, row.values())) for row in rows]
-    lines += ["", *notes, f"Ratios of times: median (quartiles) of {args.rounds} rounds."]
+    lines = [*markdown([*rows[0]], (map(text, row.values()) for row in rows))]
+    lines += ["", f"Ratios of times: median (quartiles) of {args.rounds} rounds."]
     lines += [f"`{about['command']}`: {about['machine']}, {about['threads']} CPU threads."]
     print("\n".join(lines))
     path = os.path.join(args.out, args.command)
@@ -162,80 +159,53 @@ def report(args: Namespace, rows: list[dict], notes: Iterable[str] = ()):
         f.write("\n".join(lines) + "\n")
 
 
-# -- The rational activation -------------------------------------------------------------------------------------------
+# -- The activation ----------------------------------------------------------------------------------------------------
 
 
-def horner(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """R(x), computed in fp32 and left to autograd."""
-    return rational(x.float(), a, b).to(x.dtype)
+class ExactRational(Rational):
+    """R(x / 4), straight from its definition: the gradients are autograd's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = sum(a * (x / 4) ** j for j, a in enumerate(self.a))
+        s = sum(b * (x / 4) ** i for i, b in enumerate(self.b, 1))
+        return n / (1 + s.abs())
 
 
-def ours(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """R(x), with the gradients of iapt.py."""
-    return RationalFunction.apply(x.float(), a, b).to(x.dtype)
-
-
-def activations() -> dict[str, Callable]:
-    """{name: f}, each y = f(x), or y = f(x, a, b) where its name begins with "rational"."""
+def activations() -> dict[str, nn.Module]:
+    """GELU and the learned activation by name, eager and compiled."""
     # y x + c may be one instruction, as it always is on a GPU: faster, and one rounding in place of two.
-    options = {"cpp.enable_floating_point_contract_flag": "fast"}
-    compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True, options=options)
-    return {
-        "GELU, compiled": compiled(F.gelu),
-        "GELU, tanh form, compiled": compiled(functools.partial(F.gelu, approximate="tanh")),
-        "rational, ours, compiled": compiled(ours),
-        "rational, Horner, compiled": compiled(horner),
-        "GELU, eager": F.gelu,
-        "rational, ours, eager": ours,
-        "rational, Horner, eager": horner,
-    }
+    settings = {"dynamic": False, "fullgraph": True, "options": {"cpp.enable_floating_point_contract_flag": "fast"}}
+    eager = {"GELU": nn.GELU(), "rational": Rational()}
+    return eager | {f"{name}, compiled": torch.compile(act, **settings) for name, act in eager.items()}
 
 
-def gradients(f: Callable, g: Tensor, *inputs: Tensor) -> list[Tensor]:
-    """Gradients of f(*inputs) with respect to its inputs, given g, that with respect to its value."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    return torch.autograd.grad(f(*inputs), inputs, g)
+def gradients(act: nn.Module, x: Tensor, g: Tensor) -> list[Tensor]:
+    """The gradients with respect to x and to the coefficients of act, given g, that with respect to act(x)."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(act(x), [x, *act.parameters()], g)
 
 
-def saved_bytes(f: Callable, *inputs: Tensor) -> int:
-    """Bytes that f keeps for the backward pass, without the coefficients."""
-    return kept_bytes(lambda: f(*(x.detach().requires_grad_() for x in inputs)), without=inputs[1:])
-
-
-def bench_rational(args: Namespace):
-    """Time, memory and error of our activation, beside GELU and Horner's rule left to autograd."""
-    on_gpu = args.device.startswith("cuda")
-    shapes = [(64, 4, 256), (4096, 1024)] + [(16384, 4096)] * on_gpu  # the last does not fit a GPU's cache
-    dtypes = [torch.float32] + [args.dtype] * (args.dtype != torch.float32)
-    rivals = activations()
-    rows = [row for dtype in dtypes for shape in shapes for row in activation_rows(rivals, shape, dtype, args)]
-    report(args, rows)
-
-
-def activation_rows(rivals: dict[str, Callable], shape: tuple, dtype: torch.dtype, args: Namespace) -> Iterator[dict]:
-    """Rows of a table: each of `activations` on random numbers of one shape."""
-    device, title = args.device, f"{shape} {str(dtype)[6:]}"
-    x = torch.randn(shape, device=device, dtype=dtype)
-    g = torch.rand_like(x)  # of one sign, so that the largest gradients are not sums that cancel
-    coefficients = [c.detach().to(device) for c in Rational().parameters()]
-    inputs = {name: [x] + coefficients * name.startswith("rational") for name in rivals}
-    _, *exact = gradients(rational, g.double(), *(t.double() for t in (x, *coefficients)))
-    # The fastest of three calls: the first may have to ask the system for memory that the rival before it gave back.
-    calls = {name: timed(functools.partial(gradients, f, g, *inputs[name]), device, 3) for name, f in rivals.items()}
-    seconds = interleaved(calls, args.rounds, title)
-    gelu = min(("GELU, compiled", "GELU, tanh form, compiled"), key=lambda name: statistics.median(seconds[name]))
-    copy = statistics.median(interleaved({"copy": timed(x.clone, device)}, 50, "copy")["copy"])
-    for name, f in rivals.items():
-        _, *computed = gradients(f, g, *inputs[name])
-        errors = [((c - e).abs().max() / e.abs().max()).item() for c, e in zip(computed, exact)]
-        row = {"shape": title, "forward and backward": name}
-        row["time, of the faster compiled GELU's"] = ratio(seconds, name, gelu)
-        row["time, of eager Horner's"] = ratio(seconds, name, "rational, Horner, eager")
-        row["kept for backward, of x"] = f"{saved_bytes(f, *inputs[name]) / x.nbytes:.2f}"
-        row["error of the coefficients' gradients, of the largest"] = f"{max(errors):.1e}" if errors else ""
-        if device.startswith("cuda"):  # x is read, y written, x and g read, dx written: 2.5 times what a copy moves
-            row["share of the copy bandwidth"] = f"{2.5 * copy / statistics.median(seconds[name]):.0%}"
-        yield row
+def bench_rational(args: Namespace) -> Iterator[dict]:
+    """The learned activation beside GELU, forward and backward: time, memory, and error."""
+    for shape in ((64, 4, 256), (4096, 1024)):
+        x = torch.randn(shape, device=args.device, dtype=args.dtype)
+        g = torch.rand_like(x)  # of one sign, so that the largest gradients are not sums that cancel
+        _, *exact = gradients(ExactRational().to(x.device).double(), x.double(), g.double())
+        rivals = {name: act.to(x.device) for name, act in activations().items()}
+        # The fastest of three calls: the first may have to ask the system for memory that the last rival gave back.
+        calls = {name: timed(functools.partial(gradients, f, x, g), args.device, 3) for name, f in rivals.items()}
+        seconds = interleaved(calls, args.rounds, str(shape))
+        for name, act in rivals.items():
+            _, *computed = gradients(act, x, g)
+            errors = [((c - e).abs().max() / e.abs().max()).item() for c, e in zip(computed, exact)]
+            kept = kept_bytes(functools.partial(act, x.detach().requires_grad_()), act.parameters())
+            yield {
+                "shape": f"{shape} {str(x.dtype)[6:]}",
+                "forward and backward": name,
+                "time, of compiled GELU's": ratio(seconds, name, "GELU, compiled"),
+                "kept for backward, of x": f"{kept / x.nbytes:.2f}",
+                "error of the coefficients' gradients, of the largest": f"{max(errors):.1e}" if errors else "",
+            }
 
 
 # -- Models ------------------------------------------------------------------------------------------------------------
@@ -249,7 +219,6 @@ SHAPES = {
     "llama-7B": dict(arch="llama", vocab_size=32000, block_size=4096, n_layer=32, n_head=32, n_embd=4096, n_inner=11008,
                      tied=False),
 }  # fmt: skip
-LARGEST_FULL = 1e9  # parameters; full fine-tuning takes 16 bytes for each
 
 
 def our_model(name: str, args: Namespace) -> Decoder:
@@ -314,8 +283,8 @@ class Floor(Tuner):
         super().__init__()
         self.zero = nn.Parameter(torch.zeros(config.n_embd))
 
-    def embed(self, x: Tensor, instr: Tensor) -> Embedded:
-        return Embedded(x + self.zero.to(x.dtype))
+    def embed(self, x: Tensor, instr: Tensor) -> tuple:
+        return super().embed(x + self.zero.to(x.dtype), instr)
 
 
 class TrainingStep:
@@ -341,40 +310,25 @@ class TrainingStep:
             return kept_bytes(self.loss, self.weights)
 
 
-def bench_step(args: Namespace):
-    """A training step of each method, on each shape."""
-    rows = []
-    for name in args.models:
-        model = our_model(name, args)
-        model.checkpointing = args.checkpoint
-        idx = torch.randint(model.config.vocab_size, (args.rows, args.tokens), device=args.device)
-        methods = methods_that_fit(name, model, args.methods)
-        steps = floor_steps(model, idx) | our_steps(model, idx, methods)
-        if args.compile:
-            twin = our_model(name, args)  # a part is compiled in place
-            twin.checkpointing = args.checkpoint
-            steps |= our_steps(twin, idx, methods, compiled=True)
-        if args.hub:
-            steps |= hub_steps(name, model.config, idx, args)
-        rivals = {label: timed(step, args.device) for label, step in steps.items()}
-        bases = {"time, of the floor's": FLOOR, "time, of IAPT's": "ours: iapt"}
-        for label, cells in compare(rivals, bases, idx.numel(), name, args).items():
-            row = {"shape": f"{name}, {args.rows} x {args.tokens}", "step": label}
-            row |= {"trained": f"{steps[label].trained:,}", "kept MB": f"{steps[label].kept() / 1e6:,.0f}"}
-            rows.append(row | cells)
-    notes = ["Half of the tokens are instruction, half response.  kept: by the forward pass for the backward pass."]
-    if args.checkpoint:
-        notes.append("Ours compute each layer again for the backward pass (--checkpoint), those of peft do not.")
-    report(args, rows, notes)
-
-
-def methods_that_fit(name: str, model: Decoder, methods: list[str]) -> list[str]:
-    """The methods, without full fine-tuning if the model is large."""
-    size = sum(p.numel() for p in model.parameters())
-    if "full" in methods and size > LARGEST_FULL:
-        print(f"{name}: full fine-tuning is left out, it takes {16 * size / 1e9:,.0f} GB")
-        return [method for method in methods if method != "full"]
-    return methods
+def bench_step(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:
+    """A training step of each method.  Half of the tokens are instruction.  kept: for the backward pass."""
+    model.checkpointing = args.checkpoint
+    idx = torch.randint(model.config.vocab_size, (args.rows, args.tokens), device=args.device)
+    floor, (targets, instr) = Floor(model.config).to(idx.device), targets_of(idx)
+    steps = {FLOOR: TrainingStep(floor, functools.partial(model, idx, instr, floor, targets), model)}
+    steps |= our_steps(model, idx, args.methods)
+    if args.compile:
+        twin = our_model(name, args)  # a part is compiled in place
+        twin.checkpointing = args.checkpoint
+        steps |= our_steps(twin, idx, args.methods, compiled=True)
+    if args.hub:
+        steps |= hub_steps(name, model.config, idx, args)
+    rivals = {label: timed(step, args.device) for label, step in steps.items()}
+    bases = {"time, of the floor's": FLOOR, "time, of IAPT's": "ours: iapt"}
+    for label, cells in compare(rivals, bases, idx.numel(), name, args).items():
+        row = {"shape": f"{name}, {args.rows} x {args.tokens}", "step": label}
+        row |= {"trained": f"{steps[label].trained:,}", "kept MB": f"{steps[label].kept() / 1e6:,.0f}"}
+        yield row | cells
 
 
 def targets_of(idx: Tensor) -> tuple[Tensor, Tensor]:
@@ -382,21 +336,6 @@ def targets_of(idx: Tensor) -> tuple[Tensor, Tensor]:
     T = idx.shape[1]
     instr = (torch.arange(T, device=idx.device) < T // 2).expand(idx.shape)
     return torch.where(instr, -1, idx.roll(-1, 1)), instr
-
-
-def floor_steps(model: Decoder, idx: Tensor) -> dict[str, TrainingStep]:
-    """{label: step} of the floor, and of the floor if it computed logits that have no target, too."""
-    targets, instr = targets_of(idx)
-    floor = Floor(model.config).to(idx.device)
-
-    def loss_everywhere():
-        logits = model(idx, instr, floor).flatten(0, 1).float()
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
-
-    return {
-        FLOOR: TrainingStep(floor, lambda: model(idx, instr, floor, targets), model),
-        "floor with its head at every token": TrainingStep(floor, loss_everywhere, model),
-    }
 
 
 def our_steps(model: Decoder, idx: Tensor, methods: list[str], compiled: bool = False) -> dict[str, TrainingStep]:
@@ -438,27 +377,23 @@ SERVED = {  # label: method and options
 }
 
 
-class Seconds(NamedTuple):
-    """How long answers took: the tokens after the first (None: a beam search, which does not say), and all of it."""
+def serve(model: Decoder, tuner: Tuner, idx: Tensor, new: int, beams: int) -> tuple[float, float]:
+    """Read prompts idx (B, T), write `new` tokens for each: the seconds of decoding, and of all of it.
 
-    decode: float | None
-    total: float
-
-
-def serve(model: Decoder, tuner: Tuner, idx: Tensor, new: int, beams: int) -> Seconds:
-    """Read prompts idx (B, T), write `new` tokens for each."""
+    A beam search does not say how long it has decoded: nan.
+    """
     with attached(tuner, model):
         device = str(idx.device)
         begin = now(device)
         if beams > 1:
             generate(model, idx.tolist(), tuner, new, beams=beams)
-            return Seconds(None, now(device) - begin)
+            return math.nan, now(device) - begin
         logits, cache = model.prefill(idx, torch.full_like(idx[:, 0], idx.shape[1]), tuner, new)
         middle = now(device)
         for _ in range(new - 1):
             logits = model.step(logits.argmax(-1), cache)
         end = now(device)
-        return Seconds(end - middle, end - begin)
+        return end - middle, end - begin
 
 
 def random_tenants(method: str, options: list[str], model: Decoder, tenant_of_row: list[int]) -> Tenants:
@@ -467,55 +402,41 @@ def random_tenants(method: str, options: list[str], model: Decoder, tenant_of_ro
     return Tenants(tuners, tenant_of_row).to(model.wte.weight.device)
 
 
-def bench_serve(args: Namespace):
-    """Batches of many tenants, on each shape."""
-    rows = []
-    for name in args.models:
-        model = our_model(name, args)
-        for sizes in itertools.product(args.tenants, args.beams, args.tokens, args.new):
-            rows += serve_rows(name, model, *sizes, args)
-    report(args, rows)
-
-
-def serve_rows(name: str, model: Decoder, n: int, beams: int, T: int, new: int, args: Namespace) -> Iterator[dict]:
-    """Rows of a table: n tenants in one batch, by method, beside the frozen model."""
-    tenant_of_row = [i % n for i in range(max(args.rows, n))]
-    B = len(tenant_of_row)
-    idx = torch.randint(model.config.vocab_size, (B, T), device=args.device)
-    tuners = {label: random_tenants(*spec, model, tenant_of_row) for label, spec in SERVED.items()}
-    tuners = {"frozen": NO_TUNER, **tuners}
-    rivals = {label: functools.partial(serve, model, tuner, idx, new, beams) for label, tuner in tuners.items()}
-    results = interleaved(rivals, args.rounds, f"{name}, {n} tenants, {beams} beams")
-    decode = {label: [seconds.decode for seconds in rounds] for label, rounds in results.items()}
-    total = {label: [seconds.total for seconds in rounds] for label, rounds in results.items()}
-    for label, tuner in tuners.items():
-        row = {"shape": name, "rows": B, "tenants": n, "beams": beams, "prompt": T, "new": new, "method": label}
-        row["decode, of the frozen model's"] = ratio(decode, label, "frozen") if beams == 1 else ""
-        row["all, of the frozen model's"] = ratio(total, label, "frozen")
-        row["all, of iapt's"] = ratio(total, label, "iapt")
-        row["tokens/s"] = f"{B * new / statistics.median(total[label]):,.0f}"
-        row["kB a tenant"] = f"{sum(p.numel() for p in tuner.parameters()) * 4 / 1000 / n:,.0f}"
-        yield row | peak_memory(rivals[label], args.device)
+def bench_serve(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:
+    """Many tenants in one batch, by method, beside the frozen model."""
+    for n, beams, T, new in itertools.product(args.tenants, args.beams, args.tokens, args.new):
+        tenant_of_row = [i % n for i in range(max(args.rows, n))]
+        B = len(tenant_of_row)
+        idx = torch.randint(model.config.vocab_size, (B, T), device=args.device)
+        tuners = {"frozen": NO_TUNER}
+        tuners |= {label: random_tenants(*spec, model, tenant_of_row) for label, spec in SERVED.items()}
+        rivals = {label: functools.partial(serve, model, tuner, idx, new, beams) for label, tuner in tuners.items()}
+        results = interleaved(rivals, args.rounds, f"{name}, {n} tenants, {beams} beams")
+        decode, total = ({label: [s[i] for s in rounds] for label, rounds in results.items()} for i in (0, 1))
+        for label, tuner in tuners.items():
+            row = {"shape": name, "rows": B, "tenants": n, "beams": beams, "prompt": T, "new": new, "method": label}
+            row["decode, of the frozen model's"] = ratio(decode, label, "frozen") if beams == 1 else ""
+            row["all, of the frozen model's"] = ratio(total, label, "frozen")
+            row["all, of iapt's"] = ratio(total, label, "iapt")
+            row["tokens/s"] = f"{B * new / statistics.median(total[label]):,.0f}"
+            row["kB a tenant"] = f"{sum(p.numel() for p in tuner.parameters()) * 4 / 1000 / n:,.0f}"
+            yield row | peak_memory(rivals[label], args.device)
 
 
 # -- Answers -----------------------------------------------------------------------------------------------------------
 
 
-def bench_generate(args: Namespace):
+def bench_generate(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:
     """Greedy answers, ours and those of transformers and peft: of the frozen model, and with a tenant in each row."""
-    rows = []
-    for name in args.models:
-        model = our_model(name, args)
-        idx = torch.randint(model.config.vocab_size, (args.rows, args.tokens), device=args.device)
-        rivals = our_answers(name, model, idx, args)
-        if args.hub:
-            rivals |= hub_answers(name, model.config, idx, args)
-        rivals = {label: timed(f, args.device) for label, f in rivals.items()}
-        bases = {"time, of transformers'": "transformers", "time, of our frozen model's": "ours: frozen"}
-        common = {"shape": name, "rows": args.rows, "prompt": args.tokens, "new": args.new}
-        for label, cells in compare(rivals, bases, args.rows * args.new, name, args).items():
-            rows.append({**common, "answers": label, **cells})
-    report(args, rows)
+    idx = torch.randint(model.config.vocab_size, (args.rows, args.tokens), device=args.device)
+    rivals = our_answers(name, model, idx, args)
+    if args.hub:
+        rivals |= hub_answers(name, model.config, idx, args)
+    rivals = {label: timed(f, args.device) for label, f in rivals.items()}
+    bases = {"time, of transformers'": "transformers", "time, of our frozen model's": "ours: frozen"}
+    common = {"shape": name, "rows": args.rows, "prompt": args.tokens, "new": args.new}
+    for label, cells in compare(rivals, bases, args.rows * args.new, name, args).items():
+        yield {**common, "answers": label, **cells}
 
 
 def our_answers(name: str, model: Decoder, idx: Tensor, args: Namespace) -> dict[str, Callable]:
@@ -567,40 +488,32 @@ def among(names: Iterable[str]) -> Callable[[str], list[str]]:
 
 def parse(argv: list[str]) -> Namespace:
     parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands, add = parser.add_subparsers(dest="command", required=True), {}
     for name, benchmark in BENCHMARKS.items():
         command = commands.add_parser(name, help=benchmark.__doc__, description=benchmark.__doc__)
-        add = command.add_argument
-        add("--rounds", type=at_least(1), help="rounds of timing (default: 15, on a GPU 5)")
-        add("--out", default="out/bench", help="folder for the table")
+        add[name] = command.add_argument
+        add[name]("--rounds", type=at_least(1), help="rounds of timing (default: 15, on a GPU 5)")
+        add[name]("--out", default="out/bench", help="folder for the table")
         add_device_options(command)
-        if name == "rational":
-            continue
-        shapes = "gpt2-6x384,llama-6x288" if name == "step" else "llama-6x288"
-        several = {"nargs": "+"} if name == "serve" else {}
-        add("--shapes", type=among(SHAPES), default=shapes, help=f"random models: {', '.join(SHAPES)}")
-        add("--init", help="a folder or a name on the hub, in place of --shapes")
-        add("--rows", type=at_least(1), default=8, help="rows of a batch")
-        add(
-            "--tokens",
-            type=at_least(2),
-            default={"step": 128, "serve": [64]}.get(name, 64),
-            help="tokens of a row",
-            **several,
-        )
-        if name == "step":
-            add("--methods", type=among(METHODS), default="iapt,ptuning2,lora,full", help="which of ours")
-            add("--checkpoint", action="store_true", help="ours compute activations again in the backward pass")
-            add("--compile", action="store_true", help="ours once more, compiled")
-        else:
-            add("--new", type=at_least(1), default=[64] if name == "serve" else 64, help="tokens to write", **several)
-        if name == "generate":
-            add("--methods", type=among(["frozen", *METHODS]), default="frozen,iapt,lora", help="which of ours")
-        if name == "serve":
-            add("--tenants", type=at_least(1), nargs="+", default=[1, 8, 64], help="tenants in a batch")
-            add("--beams", type=at_least(1), nargs="+", default=[1], help="width of a beam search")
-        else:
-            add("--hub", action=BooleanOptionalAction, default=True, help="transformers and peft among the rivals")
+        if name != "rational":
+            shapes = "gpt2-6x384,llama-6x288" if name == "step" else "llama-6x288"
+            add[name]("--shapes", type=among(SHAPES), default=shapes, help=f"random models: {', '.join(SHAPES)}")
+            add[name]("--init", help="a folder or a name on the hub, in place of --shapes")
+            add[name]("--rows", type=at_least(1), default=8, help="rows of a batch")
+    step, serve, generate = add["step"], add["serve"], add["generate"]
+    step("--tokens", type=at_least(2), default=128, help="tokens of a row")
+    step("--methods", type=among(METHODS), default="iapt,ptuning2,lora,full", help="which of ours")
+    step("--checkpoint", action="store_true", help="ours compute activations again in the backward pass")
+    step("--compile", action="store_true", help="ours once more, compiled")
+    serve("--tokens", type=at_least(2), nargs="+", default=[64], help="tokens of a prompt")
+    serve("--new", type=at_least(1), nargs="+", default=[64], help="tokens to write")
+    serve("--tenants", type=at_least(1), nargs="+", default=[1, 8, 64], help="tenants in a batch")
+    serve("--beams", type=at_least(1), nargs="+", default=[1], help="width of a beam search")
+    generate("--tokens", type=at_least(2), default=64, help="tokens of a prompt")
+    generate("--new", type=at_least(1), default=64, help="tokens to write")
+    generate("--methods", type=among(["frozen", *METHODS]), default="frozen,iapt,lora", help="which of ours")
+    for option in (step, generate):
+        option("--hub", action=BooleanOptionalAction, default=True, help="transformers and peft among the rivals")
     args = parser.parse_args(argv)
     args.argv = shlex.join(argv)
     if args.command != "rational":
@@ -619,7 +532,12 @@ def main(argv: list[str] | None = None):
         print("transformers or peft is not installed: ours alone")
         args.hub = False
     os.makedirs(args.out, exist_ok=True)  # a folder that cannot be written fails before the work
-    BENCHMARKS[args.command](args)
+    if args.command == "rational":
+        rows = list(bench_rational(args))
+    else:
+        benchmark = BENCHMARKS[args.command]
+        rows = [row for name in args.models for row in benchmark(args, name, our_model(name, args))]
+    report(args, rows)
 
 
 if __name__ == "__main__":

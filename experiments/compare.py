@@ -1,10 +1,9 @@
 """Every method on the same work, at the same number of trained parameters: one command a table.
 
-    python -m experiments.compare tiny                    # tiny, p3, e2e, alpaca: TABLES below
-    python -m experiments.compare p3 --jobs 2             # two runs side by side
+    python -m experiments.compare tiny                    # tiny, p3, e2e: TABLES below
+    python -m experiments.compare p3 --jobs 2             # two methods side by side
     python -m experiments.compare p3 --methods iapt,constants,lora-mlp --seeds 5
     python -m experiments.compare p3 --steps 600          # options of train.py go to every run
-    python -m experiments.compare tiny --data my --out out/my --warm-start out/compare/tiny    # each from its run there
 
 The protocol, the same for every method:
 
@@ -19,8 +18,8 @@ No choice sees a test row.  Some methods cannot spend the budget (prompt, dynami
 the column "trained".  Interrupted, the same command continues.  For more methods or seeds, name the old ones, too:
 what is finished is not run again.
 
-A map of this file: TABLES and ROWS; sized; the work of one process (train_one, score_one, write_one); Comparison, which
-runs all of it.  report.py makes the tables.
+A map of this file: TABLES and ROWS; sized; the work of one process (train_one, score_one, write_one, and measure, which
+calls them for a method); main.  report.py makes the tables.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -44,7 +43,7 @@ from baselines import METHODS, build, spell_out
 from data import Example, evenly_spaced, p3
 from data.scores import score_examples
 from data.tokenizer import Tokenizer
-from experiments.ablations import ABLATIONS, ToldTheTask, mean_output, swapped_instruction, swapped_within_tasks
+from experiments.ablations import ABLATIONS, mean_output, swapped_instruction, swapped_within_tasks
 from experiments.bench import machine
 from experiments.report import DIVERGED, Scores, report
 from experiments.texts import bleu_and_rouge, distinct_instructions, import_metrics, write_answers
@@ -64,23 +63,12 @@ class Table(NamedTuple):
     texts: bool = False  # whether texts are written, too, and scored by BLEU and ROUGE-L
 
 
+SMOLLM2 = "--init HuggingFaceTB/SmolLM2-135M-Instruct"
+STEPS = "--steps 300 --batch-size 8 --eval-every 100"
 TABLES = {
     "tiny": Table("--steps 800 --eval-every 200", 16_000),
-    "p3": Table(
-        "--init HuggingFaceTB/SmolLM2-135M-Instruct --data data/p3 --truncate --block-size 320 --val-rows 0"
-        " --steps 300 --batch-size 8 --eval-every 100",
-        225_000,
-    ),
-    "e2e": Table(
-        "--init HuggingFaceTB/SmolLM2-135M-Instruct --data data/e2e --steps 300 --batch-size 8 --eval-every 100",
-        225_000,
-        texts=True,
-    ),
-    "alpaca": Table(
-        "--init HuggingFaceTB/SmolLM2-135M-Instruct --data data/alpaca --truncate --block-size 320 --steps 300"
-        " --batch-size 8 --eval-every 100",
-        225_000,
-    ),
+    "p3": Table(f"{SMOLLM2} --data data/p3 --truncate --block-size 320 --val-rows 0 {STEPS}", 225_000),
+    "e2e": Table(f"{SMOLLM2} --data data/e2e {STEPS}", 225_000, texts=True),
 }
 
 
@@ -112,7 +100,6 @@ ROWS = {
     "gelu": Row("iapt", "activation=gelu", "m"),
 }
 ROWS.update({name: Row(name, "", "m") for name in ABLATIONS})
-ROWS["told-fixed"] = Row("told-the-task", "learned=0", "m")
 RATES = (0.25, 0.5, 1.0, 2.0)
 
 
@@ -151,26 +138,16 @@ def open_session(options: tuple[str, ...]) -> train.Session:
     return train.open_session(args, device, dtype)
 
 
-def new_tuner(args: Namespace, session: train.Session) -> tuple[Tuner, dict]:
-    """train.new_tuner; the form that is told the task of each row learns here which row has which."""
-    tuner, meta = train.new_tuner(args, session)
-    if isinstance(tuner, ToldTheTask):
-        tuner.tell(session.rows, session.examples)
-    return tuner, meta
-
-
 def train_one(options: list[str], own: list[str], folder: str) -> dict:
     """Train, or continue; leaves trained.json.  `own` are the options of this run beside those of the table."""
     path = os.path.join(folder, "trained.json")
-    if os.path.exists(path):
-        return same_run(path, [*options, *own])
+    if done := finished(path, [*options, *own]):
+        return done
     session = open_session(tuple(options))
     files = RunFolder(folder)
     args = train.parse([*options, *own, "--out", folder, "--resume" if files.can_resume() else "--force"])
     files.lock(args.force)
-    tuner, meta = new_tuner(args, session)
-    if session.model.wte.weight.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
+    tuner, meta = train.new_tuner(args, session)
     clock = time.perf_counter()
     tuner.attach(session.model)
     try:
@@ -180,12 +157,9 @@ def train_one(options: list[str], own: list[str], folder: str) -> dict:
     finally:
         tuner.detach()
     val = load_checkpoint(files.best)["val"] if os.path.exists(files.best) else DIVERGED
-    log = files.read_log()
     result = {
-        "options": [*options, *own], "val": val, "curve": [[row["step"], row["val"]] for row in log],
+        "options": [*options, *own], "val": val, "curve": [[row["step"], row["val"]] for row in files.read_log()],
         "trainable": sum(p.numel() for p in tuner.parameters()), "seconds": time.perf_counter() - clock,
-        "tokens_per_s": statistics.median([row["tokens_per_s"] for row in log] or [0]),
-        "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if session.model.wte.weight.is_cuda else None,
     }  # fmt: skip
     write_json(path, result)
     for name in (files.last, files.previous):  # the optimizer's state is twice the size of the rest
@@ -203,8 +177,7 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
     writes (TEST/mean).
     """
     path, options_file = os.path.join(folder, "scores.npz"), os.path.join(folder, "scored.json")
-    if os.path.exists(path) and os.path.exists(options_file):
-        same_run(options_file, [*options, *own])
+    if finished(options_file, [*options, *own]):  # written last
         return path
     arrays = {}
     with tuned(options, own, folder) as (session, tuner):
@@ -241,7 +214,7 @@ def tuned(options: list[str], own: list[str], folder: str) -> Iterator[tuple[tra
     """The session, and the tuner of the run in a folder, attached; None if there is no run: the frozen model."""
     session, tuner = open_session(tuple(options)), None
     if os.path.exists(best := os.path.join(folder, "best.pt")):
-        tuner, _ = new_tuner(train.parse([*options, *own, "--out", folder, "--resume"]), session)
+        tuner, _ = train.new_tuner(train.parse([*options, *own, "--out", folder, "--resume"]), session)
         load_into(tuner, load_checkpoint(best), best)
         tuner.attach(session.model)
         tuner.eval()
@@ -255,8 +228,8 @@ def tuned(options: list[str], own: list[str], folder: str) -> Iterator[tuple[tra
 def write_one(options: list[str], own: list[str], folder: str) -> dict[str, dict[str, float]]:
     """Greedy answers to every different instruction of the test sets, and their BLEU and ROUGE-L; leaves texts.json."""
     path = os.path.join(folder, "texts.json")
-    if os.path.exists(path):
-        return same_run(path, [*options, *own])["scores"]
+    if done := finished(path, [*options, *own]):
+        return done["scores"]
     texts, scores = {}, {}
     with tuned(options, own, folder) as (session, tuner):
         for name in session.tests:
@@ -279,8 +252,10 @@ def plain_examples(tokenizer: Tokenizer) -> list[Example]:
     return [Example(text[:64], text[64:192]) for text in ids if len(text) >= 192][:64]
 
 
-def same_run(path: str, options: list[str]) -> dict:
-    """A run's trained.json or scored.json.  Raises ValueError if it is of other options: it must not stand for this."""
+def finished(path: str, options: list[str]) -> dict | None:
+    """What a run has left, if it has.  Raises ValueError if it is of other options: it must not stand for this one."""
+    if not os.path.exists(path):
+        return None
     content = read_json(path)
     if content.get("options") != options:
         raise ValueError(f"{path} is of a run with other options: --out names another folder, or remove it")
@@ -294,118 +269,76 @@ def start_process(threads: int):
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
+def measure(args: Namespace, name: str) -> dict:
+    """A row of the table: a method's rate, runs and scores, or the frozen model's scores."""
+    works = {} if args.validate_only else {"scores": score_one}
+    if works and TABLES[args.table].texts:
+        works["texts"] = write_one
+    if name == "frozen":
+        folder = os.path.join(args.out, "runs", name)
+        return {"method": name} | {key: [work(args.options, [], folder)] for key, work in works.items()}
+    method, config = ROWS[name].method, open_config(args)
+    options, _ = sized(config, name, args.budget)
+    spelled = spell_out(method, options)  # all of them, so that no run from before a default changed stands for this
+
+    def run_of(work, rate, seed):
+        own = ["--method", method, "--seed", str(seed), "--lr", repr(rate), *(["-o", *spelled] if spelled else [])]
+        return work(args.options, own, os.path.join(args.out, "runs", f"{name}-lr{rate:.2e}-seed{seed}"))
+
+    with torch.device("meta"):
+        lr = build(method, config, options).lr
+    vals = {lr * multiple: run_of(train_one, lr * multiple, 0)["val"] for multiple in args.rates}
+    while (rate := min(vals, key=vals.get)) in (min(vals), max(vals)) and 1 < len(vals) < 8:
+        beyond = 2 * rate if rate == max(vals) else rate / 2  # the best is not at the edge of what was tried
+        vals[beyond] = run_of(train_one, beyond, 0)["val"]
+    runs = [run_of(train_one, rate, seed) for seed in range(args.seeds)]
+    return {
+        "method": name, "options": " ".join(options), "trainable": runs[0]["trainable"], "lr": rate, "search": vals,
+        "val": [r["val"] for r in runs], "curves": [r["curve"] for r in runs],
+        "seconds": statistics.median(r["seconds"] for r in runs), "seeds": len(runs),
+        **{key: [run_of(work, rate, seed) for seed in range(args.seeds)] for key, work in works.items()},
+    }  # fmt: skip
+
+
+def open_config(args: Namespace) -> Config:
+    """The frozen model's configuration."""
+    return read_config(os.path.join(find_model(train.parse(args.options).init), "config.json"))
+
+
 # -- All of it ---------------------------------------------------------------------------------------------------------
 
 
-def rates_chosen(out: str, methods: list[str], seeds: int) -> dict[str, float]:
-    """The learning rate of each method in a finished table.  Raises ValueError if a method or a seed is not in it."""
-    path = os.path.join(out, "compare.json")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"--warm-start: there is no {path}. It takes the --out of a finished comparison")
-    rows = {row["method"]: row for row in read_json(path)["rows"] if "lr" in row}
-    for name in methods:
-        if name not in rows:
-            raise ValueError(f"--warm-start: {path} has no {name}. It has: {', '.join(rows)}")
-        if rows[name]["seeds"] < seeds:
-            raise ValueError(f"--warm-start: {path} has {rows[name]['seeds']} seeds of {name}, --seeds is {seeds}")
-    return {name: rows[name]["lr"] for name in methods}
+def rows_of_table(args: Namespace) -> list[dict]:
+    """The rows, as they are finished; saved after each."""
+    rows, waiting, running = [], args.methods[::-1] + ["frozen"] * (not args.validate_only), set()
+    threads = max(1, torch.get_num_threads() // args.jobs)
+    with (
+        ProcessPoolExecutor(args.jobs, get_context("spawn"), start_process, (threads,)) as pool,
+        tqdm(total=len(waiting), unit="method", dynamic_ncols=True) as bar,
+    ):
+        while waiting or running:
+            while waiting and len(running) < args.jobs:  # no more: Ctrl-C reaches all that run, and no other begins
+                running.add(pool.submit(measure, args, waiting.pop()))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                rows.append(future.result())
+                save(rows, args)
+                bar.update()
+    return rows
 
 
-class Comparison:
-    """The runs of one table."""
-
-    def __init__(self, args: Namespace):
-        self.args = args
-        table = TABLES[args.table]
-        self.options = [*table.options.split(), *args.rest]
-        model_args = train.parse(self.options)
-        self.config = read_config(os.path.join(find_model(model_args.init), "config.json"))
-        self.sizes = {name: sized(self.config, name, args.budget or table.budget) for name in args.methods}
-        self.frozen_texts = None
-        self.warm_rates = rates_chosen(args.warm_start, args.methods, args.seeds) if args.warm_start else {}
-
-    def folder(self, name: str, rate: float = 0.0, seed: int = 0, out: str | None = None) -> str:
-        return os.path.join(out or self.args.out, "runs", f"{name}-lr{rate:.2e}-seed{seed}" if rate else name)
-
-    def own(self, name: str, rate: float, seed: int) -> list[str]:
-        """A run's options, all of them spelled out, so that no run from before a default changed stands for it."""
-        method = ROWS[name].method
-        own = ["--method", method, "--seed", str(seed), "--lr", repr(rate)]
-        if self.args.warm_start:
-            own += ["--warm-start", self.folder(name, self.warm_rates[name], seed, self.args.warm_start)]
-        options = spell_out(method, self.sizes[name][0])
-        return own + (["-o", *options] if options else [])
-
-    def measure(self, name: str, pool: ProcessPoolExecutor, bar: tqdm) -> dict:
-        """A method's rate, runs and scores."""
-
-        def submit(rate, seed):
-            future = pool.submit(train_one, self.options, self.own(name, rate, seed), self.folder(name, rate, seed))
-            future.add_done_callback(lambda _: bar.update())
-            return future
-
-        with torch.device("meta"):
-            lr = build(ROWS[name].method, self.config, self.sizes[name][0]).lr
-        trials = {lr * multiple: submit(lr * multiple, 0) for multiple in self.args.rates}
-        vals = {rate: future.result()["val"] for rate, future in trials.items()}
-        while (rate := min(vals, key=vals.get)) in (min(vals), max(vals)) and 1 < len(vals) < 8:
-            beyond = 2 * rate if rate == max(vals) else rate / 2  # the best is not at the edge of what was tried
-            trials[beyond] = submit(beyond, 0)
-            vals[beyond] = trials[beyond].result()["val"]
-        runs = [trials[rate], *(submit(rate, seed) for seed in range(1, self.args.seeds))]
-        runs = [future.result() for future in runs]
-        row = {
-            "method": name, "options": " ".join(self.sizes[name][0]), "trainable": runs[0]["trainable"], "lr": rate,
-            "search": vals, "val": [r["val"] for r in runs], "curves": [r["curve"] for r in runs],
-            "tokens_per_s": statistics.median(r["tokens_per_s"] for r in runs),
-            "seconds": statistics.median(r["seconds"] for r in runs), "peak_mb": runs[0]["peak_mb"], "seeds": len(runs),
-        }  # fmt: skip
-        if not self.args.validate_only:
-            seeds = range(self.args.seeds)
-            jobs = [(self.options, self.own(name, rate, seed), self.folder(name, rate, seed)) for seed in seeds]
-            row["scores"] = [future.result() for future in [pool.submit(score_one, *job) for job in jobs]]
-            if TABLES[self.args.table].texts:
-                row["texts"] = [future.result() for future in [pool.submit(write_one, *job) for job in jobs]]
-        return row
-
-    def run(self) -> list[dict]:
-        """Rows of the table; what is finished is saved after each."""
-        threads = max(1, torch.get_num_threads() // self.args.jobs)
-        runs = (len(self.args.rates) + self.args.seeds - 1) * len(self.args.methods)
-        rows = []
-        with ProcessPoolExecutor(self.args.jobs, get_context("spawn"), start_process, (threads,)) as pool:
-            with tqdm(total=runs, unit="run", dynamic_ncols=True) as bar:
-                frozen = None
-                if not self.args.validate_only:
-                    frozen = pool.submit(score_one, self.options, [], self.folder("frozen"))
-                    if TABLES[self.args.table].texts:
-                        self.frozen_texts = pool.submit(write_one, self.options, [], self.folder("frozen"))
-                with ThreadPoolExecutor(len(self.args.methods) or 1) as threads_of_methods:
-                    futures = [threads_of_methods.submit(self.measure, name, pool, bar) for name in self.args.methods]
-                    try:
-                        for future in as_completed(futures):
-                            rows.append(future.result())
-                            self.save(rows, frozen)
-                        if self.frozen_texts is not None:
-                            rows.append({"method": "frozen", "texts": [self.frozen_texts.result()]})
-                        self.save(rows, frozen)
-                    except BaseException:  # Ctrl-C has reached the runs, too: they save, and no other begins
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        raise
-        return rows
-
-    def save(self, rows: list[dict], frozen: Future | None):
-        """Write what is known: compare.json, and scores.npz with the arrays of all runs, named METHOD/SEED/..."""
-        common = {"table": self.args.table, "options": " ".join(self.options), "machine": machine()}
-        public = [{key: x for key, x in row.items() if key != "scores"} for row in rows]  # those are paths
-        write_json(os.path.join(self.args.out, "compare.json"), {**common, "rows": public}, indent=1)
-        if frozen is not None:
-            arrays = {f"frozen/0/{key}": x for key, x in np.load(frozen.result()).items()}
-            for row in rows:
-                for seed, path in enumerate(row.get("scores", [])):
-                    arrays |= {f"{row['method']}/{seed}/{key}": x for key, x in np.load(path).items()}
-            with replacing(os.path.join(self.args.out, "scores.npz"), "wb") as f:
-                np.savez_compressed(f, **arrays)
+def save(rows: list[dict], args: Namespace):
+    """Write what is known: compare.json, and scores.npz with the arrays of all runs, named METHOD/SEED/..."""
+    common = {"table": args.table, "options": " ".join(args.options), "machine": machine()}
+    public = [{key: x for key, x in row.items() if key != "scores"} for row in rows]  # those are paths
+    write_json(os.path.join(args.out, "compare.json"), {**common, "rows": public}, indent=1)
+    if not args.validate_only:
+        arrays = {}
+        for row in rows:
+            for seed, path in enumerate(row["scores"]):
+                arrays |= {f"{row['method']}/{seed}/{key}": x for key, x in np.load(path).items()}
+        with replacing(os.path.join(args.out, "scores.npz"), "wb") as f:
+            np.savez_compressed(f, **arrays)
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
@@ -417,26 +350,17 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--seeds", type=at_least(1), default=3, help="runs at the chosen rate")
     add("--rates", type=float, nargs="+", default=list(RATES), help="multiples of a method's own learning rate to try")
     add("--budget", type=at_least(1), help="trained parameters (default: the table's)")
-    add("--reference", help="the method that differences are taken to (default: iapt, or the first)")
-    add(
-        "--warm-start",
-        metavar="FOLDER",
-        help="--out of another table: each run starts from that method's best, seed by seed",
-    )
     add("--validate-only", action="store_true", help="choose rates; score no test row")
-    add("--jobs", type=at_least(1), default=1, help="runs side by side")
+    add("--jobs", type=at_least(1), default=1, help="methods side by side")
     add("--out", help="folder of the results (default: out/compare/TABLE)")
     args, args.rest = parser.parse_known_args(argv)
     args.out = args.out or os.path.join("out", "compare", args.table)
+    args.options = [*TABLES[args.table].options.split(), *args.rest]
+    args.budget = args.budget or TABLES[args.table].budget
     args.methods = [name for name in args.methods.split(",") if name != "frozen"]  # that one is always scored
     for name in args.methods:
         if name not in ROWS:
             parser.error(f"no method {name!r}. There are: {', '.join(ROWS)}, frozen")
-    args.reference = args.reference or next((name for name in ("iapt", *args.methods) if name in args.methods), None)
-    if args.reference not in (*args.methods, None):
-        parser.error(f"--reference {args.reference} is none of --methods {','.join(args.methods)}")
-    if args.warm_start and os.path.realpath(args.warm_start) == os.path.realpath(args.out):
-        parser.error(f"--warm-start {args.warm_start} is where this comparison writes to: --out names another folder")
     if not all(0 < rate < 1e6 for rate in args.rates):
         parser.error(f"--rates must be above 0, got {args.rates}")
     passed_on, defaults = train.parse([*args.rest, "--out", args.out]), train.parse(["--out", args.out])
@@ -451,16 +375,16 @@ def main(argv: list[str] | None = None):
     args = parse(argv)
     if TABLES[args.table].texts and not args.validate_only:
         import_metrics()  # before any work, and not after hours of it
-    comparison = Comparison(args)
+    open_config(args)  # a model that has to be downloaded is so once, and not by each process
     os.makedirs(args.out, exist_ok=True)
-    rows = comparison.run()
+    rows = rows_of_table(args)
     if args.validate_only:
         for row in sorted(rows, key=lambda row: row["val"][0]):
             search = ", ".join(f"{rate:.1e}: {val:.3f}" for rate, val in row["search"].items())
             print(f"{row['method']:20} {row['trainable']:9,}  {row['val'][0]:.4f}   {search}   {row['options']}")
         return
-    lines = list(report(rows, Scores(os.path.join(args.out, "scores.npz")), args.reference))
-    lines.append(f"\n{f'{args.seeds} seeds, ' if rows else ''}{machine()}.")
+    lines = list(report(rows, Scores(os.path.join(args.out, "scores.npz"))))
+    lines.append(f"\n{f'{args.seeds} seeds, ' if args.methods else ''}{machine()}.")
     with replacing(os.path.join(args.out, "compare.md")) as f:
         f.write("\n".join(lines) + "\n")
     print("\n".join(lines))

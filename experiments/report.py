@@ -5,7 +5,7 @@ bootstrap, so an interval says what other rows and other seeds could have brough
 """
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -94,60 +94,75 @@ CONTROLS = {
 }
 
 
-def report(rows: list[dict], scores: Scores, reference: str) -> Iterator[str]:
-    """Tables in Markdown: scores, differences to the reference method, and the controls."""
-    tests, plain = scores.tests, bool(scores.get("frozen", "plain"))
-    yield " | ".join(["| method", "trained", "rate", *tests, *["plain text"] * plain]) + " |"
-    yield "|---|---|---|" + "---|" * (len(tests) + plain)
+def markdown(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    """Lines of a table in Markdown."""
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+    for cells in rows:
+        yield f"| {' | '.join(cells)} |"
+
+
+def report(rows: list[dict], scores: Scores) -> Iterator[str]:
+    """Lines of Markdown: scores, differences to IAPT (without it, to the best method), the controls, the texts."""
+    tests, plain = scores.tests, ["plain text"] * bool(scores.get("frozen", "plain"))
     order = sorted((row for row in rows if "lr" in row), key=lambda row: scores.nats(row["method"], tests[0]))
-    for row in [*order, {"method": "frozen", "trainable": 0}]:
-        name = row["method"]
-        cells = [f"{scores.nats(name, t):.3f} ({scores.exact(name, t):.1f} %)" for t in tests]
-        if plain:
-            cells.append(f"{scores.nats(name, 'plain') - scores.nats('frozen', 'plain'):+.3f}")
-        diverged = sum(val >= DIVERGED for val in row.get("val", []))
-        name += f" ({diverged} of {len(row['val'])} seeds diverged)" if diverged else ""
-        rate = f"{row['lr']:.1e}" if "lr" in row else ""
-        yield f"| {name} | {row['trainable']:,} | {rate} | {' | '.join(cells)} |"
+    lines = (losses(row, scores) for row in [*order, {"method": "frozen", "trainable": 0}])
+    yield from markdown(["method", "trained", "rate", *tests, *plain], lines)
     yield "\nNats per token (rows answered exactly)."
     if plain:
         yield "Plain text: the rise of the loss on text that has nothing to do with the tasks."
-    if not order:
-        return
-    yield f"\n| minus {reference} | " + " | ".join(tests) + f" | {tests[0]}, mean over tasks |"
-    yield "|---|" + "---|" * (len(tests) + 1)
-    for row in order:
-        name = row["method"]
-        if name == reference or reference not in scores.seeds:
+    if order:
+        names = [row["method"] for row in order]
+        reference = "iapt" if "iapt" in names else names[0]
+        yield ""
+        head = [f"minus {reference}", *tests, f"{tests[0]}, mean over tasks"]
+        yield from markdown(head, differences(names, reference, scores))
+        yield "\nDifferences of nats per token on the same rows, with 95 % intervals: above 0, the reference is better."
+        yield "Seeds and rows are drawn again; in the lines below, seeds and tasks.\n"
+        yield from markdown(["at inference", *tests], controls(names, scores))
+    if written := [row for row in rows if "texts" in row]:
+        columns = [(test, metric) for test in tests for metric in ("BLEU", "ROUGE-L")]
+        means = ([statistics.mean(seed[t][m] for seed in row["texts"]) for t, m in columns] for row in written)
+        cells = ([row["method"], *(f"{mean:.1f}" for mean in own)] for row, own in zip(written, means))
+        yield ""
+        yield from markdown(["texts", *map(": ".join, columns)], cells)
+
+
+def losses(row: dict, scores: Scores) -> list[str]:
+    """A method's cells in the table of scores."""
+    name = row["method"]
+    cells = [f"{scores.nats(name, test):.3f} ({scores.exact(name, test):.1f} %)" for test in scores.tests]
+    if scores.get("frozen", "plain"):
+        cells.append(f"{scores.nats(name, 'plain') - scores.nats('frozen', 'plain'):+.3f}")
+    diverged = sum(val >= DIVERGED for val in row.get("val", []))
+    name += f" ({diverged} of {len(row['val'])} seeds diverged)" if diverged else ""
+    return [name, f"{row['trainable']:,}", f"{row['lr']:.1e}" if "lr" in row else "", *cells]
+
+
+def differences(names: list[str], reference: str, scores: Scores) -> Iterator[list[str]]:
+    """Rows of a table: each method minus the reference, and again with tasks drawn where there are more than five."""
+    tests, families = scores.tests, {test: scores.families(test) for test in scores.tests}
+    several = [len(np.unique(families[test])) > 5 for test in tests]
+    for name in names:
+        if name == reference:
             continue
-        pairs = {t: (scores.get(name, t), scores.get(reference, t), scores.tokens(t)) for t in tests}
+        pairs = [(scores.get(name, test), scores.get(reference, test), scores.tokens(test)) for test in tests]
         macro = scores.macro(name, tests[0]) - scores.macro(reference, tests[0])
-        yield f"| {name} | {' | '.join(interval(*difference(*pair)) for pair in pairs.values())} | {macro:+.3f} |"
-        if any(len(np.unique(scores.families(t))) > 5 for t in tests):
-            cells = [
-                interval(*difference(*pair, groups=scores.families(t)))
-                if len(np.unique(scores.families(t))) > 5
-                else "–"
-                for t, pair in pairs.items()
-            ]
-            yield f"| ... tasks drawn | {' | '.join(cells)} | |"
-    yield "\nDifferences of nats per token on the same rows, with 95 % intervals: above 0, the reference is better."
-    yield "Seeds and rows are drawn again; in the lines below, seeds and tasks.\n"
-    yield "| at inference | " + " | ".join(tests) + " |"
-    yield "|---|" + "---|" * len(tests)
-    for name in (row["method"] for row in order):
+        yield [name, *(interval(*difference(*pair)) for pair in pairs), f"{macro:+.3f}"]
+        if any(several):
+            drawn = zip(several, pairs, families.values())
+            cells = [interval(*difference(*pair, groups=groups)) if many else "–" for many, pair, groups in drawn]
+            yield ["... tasks drawn", *cells, ""]
+
+
+def controls(names: list[str], scores: Scores) -> Iterator[list[str]]:
+    """Rows of a table: what each method that reads the instruction loses where it reads something else."""
+    for name in names:
         for what, label in CONTROLS.items():
-            runs = {t: scores.get(name, t, what) for t in tests}
-            if any(runs.values()):
-                cells = [
-                    interval(*difference(x, scores.get(name, t), scores.tokens(t), same_runs=True)) if x else "–"
-                    for t, x in runs.items()
-                ]
-                yield f"| {name}: {label} | {' | '.join(cells)} |"
-    written = {row["method"]: row["texts"] for row in rows if "texts" in row}
-    if written:
-        yield "\n| texts | " + " | ".join(f"{t}: BLEU | ROUGE-L" for t in tests) + " |"
-        yield "|---|" + "---|---|" * len(tests)
-    for name, seeds in written.items():
-        cells = [f"{statistics.mean(seed[t][m] for seed in seeds):.1f}" for t in tests for m in ("BLEU", "ROUGE-L")]
-        yield f"| {name} | {' | '.join(cells)} |"
+            cells = []
+            for test in scores.tests:
+                other = scores.get(name, test, what)
+                own = scores.get(name, test), scores.tokens(test)
+                cells.append(interval(*difference(other, *own, same_runs=True)) if other else "–")
+            if set(cells) != {"–"}:
+                yield [f"{name}: {label}", *cells]

@@ -1,6 +1,6 @@
 """When does reading the instruction pay?  IAPT beside constants of its size, on more and more tasks, for two models.
 
-    python -m experiments.tasks --jobs 2                     # all of it, 150 runs of a minute; it can be continued
+    python -m experiments.tasks --jobs 2                     # all of it, some 90 runs of a minute; it can be continued
     python -m experiments.tasks --jobs 2 --tasks 64 --steps 2400 --seeds 3 --rates 2     # longer, at the best rates
     python -m experiments.plots tasks out/tasks/tasks.json   # the picture
 
@@ -10,8 +10,7 @@ A task is a question (a capital, a word in Spanish, the reverse of a list, ...) 
 
 4, 16 and 64 tasks are 2 x 2, 4 x 4 and 8 x 8 questions and moods, the smaller sets part of the larger.  All have 6,400
 rows and the same steps, so with fewer tasks each is seen more often.  Test rows ask about the same facts in other
-words, or about other lists.  A third method, `told-the-task` (ablations.py), reads nothing: it is told which of the
-tasks a row is of.
+words, or about other lists.
 
 The two frozen models are the shipped one, which has never seen an answer ("never tuned"), and the same after full
 fine-tuning on 64 other tasks, of other questions and other moods ("tuned on other tasks").
@@ -30,7 +29,7 @@ from data import TINY, open_data
 from data.files import read_rows, write_rows
 from data.world import FACTS, fact_row, skill_row
 from experiments import compare
-from experiments.report import Scores, difference, interval
+from experiments.report import Scores, difference, interval, markdown
 from plumbing.checkpoint import RunFolder
 from plumbing.cli import Parser, at_least, run
 from plumbing.files import copy_tokenizer, read_json, write_json
@@ -110,9 +109,8 @@ def tuned_on_other_tasks(folder: str) -> str:
     return model_folder
 
 
-METHODS = ("iapt", "constants", "told-the-task")
+METHODS = ("iapt", "constants")
 PARTS = ("constants minus iapt", "facts", "lists", "the 4 tasks in all", "another instruction")
-TOLD_PARTS = ("constants minus told", "told: facts", "told: lists")
 
 
 def measured(folder: str) -> dict:
@@ -120,40 +118,37 @@ def measured(folder: str) -> dict:
 
     PARTS are differences of loss: all test rows; those about facts; about lists of words; of the four tasks that all
     numbers of tasks have; and what IAPT loses if it reads another row's instruction, which may be of the same task.
-    TOLD_PARTS are the first three for constants minus `told-the-task`, where that was trained.
     """
-    rows = read_json(os.path.join(folder, "compare.json"))["rows"]
+    rows = [row for row in read_json(os.path.join(folder, "compare.json"))["rows"] if row["method"] != "frozen"]
     scores = Scores(os.path.join(folder, "scores.npz"))
     iapt, constants, tokens = scores.get("iapt", "test"), scores.get("constants", "test"), scores.tokens("test")
     question, mood = np.array([task.split() for task in scores.families("test")]).T
     facts = np.isin(question, list(FACTS))
     in_all = np.isin(question, QUESTIONS[:2]) & np.isin(mood, [*MOODS][:2])
 
-    def constants_minus(other, where):
-        return difference([nats[where] for nats in constants], [nats[where] for nats in other], tokens[where])
+    def reading_pays(where):
+        return difference([nats[where] for nats in constants], [nats[where] for nats in iapt], tokens[where])
 
-    parts = [constants_minus(iapt, where) for where in (tokens > 0, facts, ~facts, in_all)]
+    parts = [reading_pays(where) for where in (tokens > 0, facts, ~facts, in_all)]
     parts.append(difference(scores.get("iapt", "test", "swapped"), iapt, tokens, same_runs=True))
-    if "told-the-task" in scores.seeds:
-        parts += [constants_minus(scores.get("told-the-task", "test"), where) for where in (tokens > 0, facts, ~facts)]
     return {
         "trained": {row["method"]: row["trainable"] for row in rows},
         "lr": {row["method"]: row["lr"] for row in rows},
         "nats": {name: scores.nats(name, "test") for name in scores.seeds},
         "exact": {name: scores.exact(name, "test") for name in scores.seeds},
-        **dict(zip(PARTS + TOLD_PARTS, parts)),
+        **dict(zip(PARTS, parts)),
         "validation": {row["method"]: row["curves"] for row in rows},  # [step, loss] of each seed
     }
 
 
 def table(cells: list[dict]) -> Iterator[str]:
     """The cells as a table in Markdown: nats per token (rows answered exactly), parts with 95 % intervals."""
-    yield "| a model | tasks | steps | " + " | ".join(METHODS + PARTS + TOLD_PARTS) + " |"
-    yield "|---|---|---|" + "---|" * len(METHODS + PARTS + TOLD_PARTS)
+    rows = []
     for cell in sorted(cells, key=lambda cell: (cell["model"], cell["steps"], cell["tasks"])):
-        scores = [f"{cell['nats'][x]:.3f} ({cell['exact'][x]:.1f} %)" if x in cell["nats"] else "" for x in METHODS]
-        scores += [interval(*cell[part]) if part in cell else "" for part in PARTS + TOLD_PARTS]
-        yield f"| {cell['model']} | {cell['tasks']} | {cell['steps']:,} | {' | '.join(scores)} |"
+        scores = [f"{cell['nats'][name]:.3f} ({cell['exact'][name]:.1f} %)" for name in METHODS]
+        parts = [interval(*cell[part]) for part in PARTS]
+        rows.append([cell["model"], str(cell["tasks"]), f"{cell['steps']:,}", *scores, *parts])
+    return markdown(["a model", "tasks", "steps", *METHODS, *PARTS], rows)
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
@@ -163,7 +158,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--steps", type=at_least(1), default=800, help="training steps of a run")
     add("--seeds", type=at_least(1), default=5, help="runs at the chosen rate")
     add("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="multiples of a method's own rate to try")
-    add("--jobs", type=at_least(1), default=1, help="runs side by side")
+    add("--jobs", type=at_least(1), default=1, help="methods side by side")
     add("--out", default=os.path.join("out", "tasks"), help="folder of the results")
     return parser.parse_args(argv)
 
@@ -171,7 +166,6 @@ def parse(argv: list[str] | None = None) -> Namespace:
 def main(argv: list[str] | None = None):
     args = parse(argv)
     models = {"never tuned": "tiny", "tuned on other tasks": tuned_on_other_tasks(args.out)}
-    write_tasks(os.path.join(args.out, "64-other-tasks"), OTHER_QUESTIONS, OTHER_MOODS)  # for compare --warm-start
     path = os.path.join(args.out, "tasks.json")
     cells = read_json(path) if os.path.exists(path) else []
     for tasks in args.tasks:

@@ -1,8 +1,7 @@
 """Texts that a model writes for a test set, and how they are scored where one instruction has several answers (E2E)."""
 
+import itertools
 import statistics
-
-from tqdm import tqdm
 
 from data import template
 from model import Tuner
@@ -19,14 +18,11 @@ def distinct_instructions(rows: list[dict]) -> tuple[list[dict], list[list[str]]
 
 
 def write_answers(session: Session, rows: list[dict], tuner: Tuner | None, size: int = 32) -> list[str]:
-    """Greedy answers, computed in batches of instructions of like length."""
-    order = sorted(range(len(rows)), key=lambda i: len(template(rows[i])))
-    texts = [""] * len(rows)
-    for part in tqdm([order[i : i + size] for i in range(0, len(order), size)], leave=False):
-        batch = [rows[i] for i in part]
-        answers = answer(session.model, session.tokenizer, batch, tuner, truncate=True, template=session.template)
-        for i, text in zip(part, answers):
-            texts[i] = text
+    """Greedy answers, computed in batches."""
+    texts = []
+    for i in range(0, len(rows), size):
+        batch = rows[i : i + size]
+        texts += answer(session.model, session.tokenizer, batch, tuner, truncate=True, template=session.template)
     return texts
 
 
@@ -47,8 +43,7 @@ def bleu_and_rouge(texts: list[str], references: list[list[str]]) -> dict[str, f
     texts of the best F1 among the references (the challenge's own script gives more weight to recall).
     """
     sacrebleu, rouge_scorer = import_metrics()
-    longest = max(map(len, references))
-    columns = [[refs[i] if i < len(refs) else None for refs in references] for i in range(longest)]
+    columns = list(itertools.zip_longest(*references))  # all first references, all second ones, ...
     scorer = rouge_scorer.RougeScorer(["rougeL"])
     rouge = [scorer.score_multi(refs, text)["rougeL"].fmeasure for text, refs in zip(texts, references)]
     bleu = sacrebleu.corpus_bleu(texts, columns, lowercase=True, tokenize="13a").score

@@ -1,6 +1,7 @@
 """Benchmarks: what they compare is the same work, and what they print is what was measured."""
 
 import json
+import math
 from importlib.util import find_spec
 
 import pytest
@@ -9,7 +10,6 @@ from conftest import run_in, small_model
 
 from baselines import build
 from experiments import bench
-from iapt import Rational, RationalFunction
 from model import NO_TUNER
 
 HUB = find_spec("transformers") is not None and find_spec("peft") is not None
@@ -70,15 +70,13 @@ def test_what_is_kept_for_the_backward_pass_is_counted_once_and_without_weights(
 
 def test_a_report_is_the_same_in_both_files_and_on_the_screen(tmp_path, capsys):
     args = bench.parse(["step", "--out", str(tmp_path), "--rounds", "3", "--device", "cpu"])
-    bench.report(args, [{"step": "x", "time": [1.0, 0.5, 2.25], "tokens/s": "7"}], ["A note."])
+    bench.report(args, [{"step": "x", "time": [1.0, 0.5, 2.25], "tokens/s": "7"}])
     printed = capsys.readouterr().out
     assert (tmp_path / "step.md").read_text() == printed
-    assert printed.splitlines()[:5] == [
+    assert printed.splitlines()[:3] == [
         "| step | time | tokens/s |",
         "|---|---|---|",
         "| x | 1.00 (0.50 to 2.25) | 7 |",
-        "",
-        "A note.",
     ]
     content = json.loads((tmp_path / "step.json").read_text())
     assert content["rows"] == [{"step": "x", "time": [1.0, 0.5, 2.25], "tokens/s": "7"}]
@@ -120,19 +118,12 @@ def test_half_of_the_tokens_are_instruction_and_the_targets_are_the_next_tokens(
     assert targets[:, :5].tolist() == [[-1, -1, -1, 4, 5], [-1, -1, -1, 10, 11]]
 
 
-def test_full_fine_tuning_of_a_large_model_is_left_out_and_it_says_so(monkeypatch, capsys):
-    model = small_model("gpt2")
-    assert bench.methods_that_fit("small", model, ["iapt", "full"]) == ["iapt", "full"]
-    monkeypatch.setattr(bench, "LARGEST_FULL", 1000)
-    assert bench.methods_that_fit("small", model, ["iapt", "full"]) == ["iapt"]
-    assert capsys.readouterr().out.startswith("small: full fine-tuning is left out, it takes")
-
-
 def test_a_served_answer_is_timed_in_both_parts():
     model = small_model("llama")
     decode, total = bench.serve(model, NO_TUNER, torch.ones(2, 4, dtype=torch.long), 3, 1)
     assert 0 < decode < total
-    assert bench.serve(model, NO_TUNER, torch.ones(2, 4, dtype=torch.long), 3, 2).decode is None
+    decode, total = bench.serve(model, NO_TUNER, torch.ones(2, 4, dtype=torch.long), 3, 2)
+    assert math.isnan(decode) and total > 0  # a beam search does not say
 
 
 @pytest.mark.skipif(not HUB, reason="needs transformers and peft")
@@ -153,16 +144,14 @@ def test_the_compiled_activation_computes_what_the_eager_one_does(dtype, toleran
     torch.manual_seed(0)
     rivals = bench.activations()
     x, g = (torch.randn(64, 32, dtype=dtype) for _ in range(2))
-    inputs = [x, *(c.detach() for c in Rational().parameters())]
-    exact = bench.gradients(RationalFunction.apply, g.double(), *(t.double() for t in inputs))
-    for name, f in rivals.items():
-        if name.startswith("rational"):
-            computed = bench.gradients(f, g, *inputs)
-            for a, b in zip(computed, exact, strict=True):
-                # A coefficient's gradient is a sum of 2,048 numbers of both signs: errors are measured by the largest.
-                torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
-            assert bench.saved_bytes(f, *inputs) >= x.nbytes
-    assert bench.saved_bytes(rivals["rational, ours, compiled"], *inputs) < x.nbytes + 100  # x, and a few coefficients
+    exact = bench.gradients(bench.ExactRational().double(), x.double(), g.double())
+    for name in ("rational", "rational, compiled"):
+        for a, b in zip(bench.gradients(rivals[name], x, g), exact, strict=True):
+            # A coefficient's gradient is a sum of 2,048 numbers of both signs: errors are measured by the largest.
+            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+    act = rivals["rational, compiled"]
+    kept = bench.kept_bytes(lambda: act(x.detach().requires_grad_()), act.parameters())
+    assert x.nbytes <= kept < x.nbytes + 100  # x, and a few coefficients
 
 
 # -- Commands ----------------------------------------------------------------------------------------------------------
@@ -171,7 +160,7 @@ def test_the_compiled_activation_computes_what_the_eager_one_does(dtype, toleran
 @pytest.mark.parametrize(
     "argv, count",
     [
-        (["step", "--no-hub", "--methods", "iapt,lora", "--checkpoint"], 4),
+        (["step", "--no-hub", "--methods", "iapt,lora", "--checkpoint"], 3),
         (["serve", "--tenants", "1", "2", "--new", "3", "--beams", "1", "2"], 20),
     ],
 )
@@ -201,7 +190,7 @@ def test_rivals_from_the_hub_take_part(command, arch, monkeypatch, tmp_path):
     status, text = run_in(bench, command, *sizes, "--out", str(tmp_path), *["--new", "3"] * (command == "generate"))
     assert status == 0, text
     labels = [row.get("step", row.get("answers")) for row in saved_rows(tmp_path, command)]
-    assert len(labels) == 8 and any("peft" in label for label in labels)
+    assert len(labels) == (7 if command == "step" else 8) and any("peft" in label for label in labels)
 
 
 @pytest.mark.slow
@@ -219,8 +208,8 @@ def test_the_activation_is_measured(tmp_path):
     status, text = run_in(bench, "rational", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path))
     assert status == 0, text
     errors = [row["error of the coefficients' gradients, of the largest"] for row in saved_rows(tmp_path, "rational")]
-    assert len(errors) == 2 * 7 and errors.count("") == 2 * 3
-    assert max(float(error) for error in errors if error) < 1e-2
+    assert len(errors) == 2 * 4 and errors.count("") == 2 * 2
+    assert max(float(error) for error in errors if error) < 1e-5
 
 
 def test_a_model_of_a_folder_takes_the_place_of_a_shape():

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from data.files import write_rows
 from data.scores import score_examples
 from data.tokenizer import pieces
 from experiments import ablations, compare, tasks, texts
-from experiments.compare import ROWS, Comparison, count, sized
+from experiments.compare import ROWS, count, sized
 from experiments.report import Scores, difference, report
 from model import Config
 from plumbing.files import read_json, write_json
@@ -52,38 +54,49 @@ def ablations_are_methods(monkeypatch):
         monkeypatch.setitem(METHODS, name, cls)
 
 
-class Jobs:
-    """Stands in for the pool of processes: notes every job, and pretends to have run it."""
+@pytest.fixture
+def jobs(monkeypatch):
+    """Stands in for the work: notes what is to be done, and pretends to have done it.  jobs.best is the best rate."""
+    jobs = SimpleNamespace(trained=[], scored=[], best=None)
 
-    def __init__(self, best, stop_at=None):
-        self.jobs, self.best, self.stop_at = [], best, stop_at
-
-    def submit(self, f, options, own, folder):
-        if len(self.jobs) == self.stop_at:
-            raise KeyboardInterrupt
-        self.jobs.append((f.__name__, os.path.basename(folder)))
+    def train_one(options, own, folder):
+        jobs.trained.append(os.path.basename(folder))
         rate = float(own[own.index("--lr") + 1])
-        val = max(rate / self.best, self.best / rate)
-        done = {"val": val, "trainable": 1, "curve": [], "tokens_per_s": 1, "seconds": 1, "peak_mb": None}
-        return type("Done", (), {"result": lambda _: done, "add_done_callback": lambda _, f: None})()
+        val = max(rate / jobs.best, jobs.best / rate)
+        return {"val": val, "trainable": 1, "curve": [], "seconds": 1}
+
+    monkeypatch.setattr(compare, "train_one", train_one)
+    monkeypatch.setattr(compare, "score_one", lambda options, own, folder: jobs.scored.append(os.path.basename(folder)))
+    return jobs
 
 
-def test_the_rate_with_the_lowest_validation_loss_is_chosen_and_only_its_runs_are_scored(tmp_path):
-    args = compare.parse(["tiny", "--methods", "ptuning2", "--seeds", "2", "--out", str(tmp_path)])
-    own, jobs = METHODS["ptuning2"].lr, Jobs(METHODS["ptuning2"].lr / 2)
-    row = Comparison(args).measure("ptuning2", jobs, None)
+def measured(tmp_path, method, *options):
+    """A row of a table."""
+    return compare.measure(compare.parse(["tiny", "--methods", method, *options, "--out", str(tmp_path)]), method)
+
+
+def test_the_rate_with_the_lowest_validation_loss_is_chosen_and_only_its_runs_are_scored(tmp_path, jobs):
+    own = METHODS["ptuning2"].lr
+    jobs.best = own / 2
+    row = measured(tmp_path, "ptuning2", "--seeds", "2")
     assert row["lr"] == own / 2 and set(row["search"]) == {own * multiple for multiple in compare.RATES}
-    trained = [folder for f, folder in jobs.jobs if f == "train_one"]
-    scored = [folder for f, folder in jobs.jobs if f == "score_one"]
-    assert len(trained) == len(compare.RATES) + 1
-    assert scored == [f"ptuning2-lr{own / 2:.2e}-seed{seed}" for seed in (0, 1)]
+    chosen = [f"ptuning2-lr{own / 2:.2e}-seed{seed}" for seed in (0, 1)]
+    tried = {f"ptuning2-lr{own * multiple:.2e}-seed0" for multiple in compare.RATES}
+    assert set(jobs.trained) == tried | set(chosen) and jobs.scored == chosen
 
 
-def test_without_scoring_no_test_row_is_touched(tmp_path):
-    args = compare.parse(["tiny", "--methods", "capt", "--validate-only", "--out", str(tmp_path)])
-    jobs = Jobs(1e-2)
-    assert "scores" not in Comparison(args).measure("capt", jobs, None)
-    assert {f for f, _ in jobs.jobs} == {"train_one"}
+def test_without_scoring_no_test_row_is_touched(tmp_path, jobs):
+    jobs.best = 1e-2
+    assert "scores" not in measured(tmp_path, "capt", "--validate-only")
+    assert jobs.trained and not jobs.scored
+
+
+def test_the_search_goes_on_while_the_best_rate_is_at_the_edge(tmp_path, jobs):
+    own = METHODS["capt"].lr
+    for best, tried in ((8 * own, (0.25, 0.5, 1, 2, 4, 8, 16)), (own / 8, (0.0625, 0.125, 0.25, 0.5, 1, 2))):
+        jobs.best = best
+        row = measured(tmp_path, "capt", "--seeds", "1", "--validate-only")
+        assert row["lr"] == best and sorted(row["search"]) == [own * x for x in tried]
 
 
 @pytest.fixture
@@ -213,50 +226,6 @@ def test_an_instruction_is_swapped_with_one_of_the_same_task(model):
     torch.testing.assert_close(within[[0, 2]], swapped)
 
 
-def known_tasks(*prompts):
-    """Rows of as many tasks as there are prompts, and their examples."""
-    rows = [{"task": str(i)} for i in range(len(prompts))]
-    return {"train": rows}, {"train": [train.Example(prompt, [1]) for prompt in prompts]}
-
-
-def test_a_generator_that_is_told_the_task_reads_nothing_else(model):
-    """Same task, same soft tokens; another task, others; an unknown task: those of no task."""
-    tuner = shake(METHODS["told-the-task"](model.config, tasks=2), 0.1)
-    rows, examples = known_tasks([3, 1, 4], [2, 7, 1])
-    rows["test"] = [{"task": "1"}, {"task": "new"}]
-    examples["test"] = [train.Example([5, 5], [1]), train.Example([6], [1])]
-    tuner.tell(rows, examples)
-    tuner.attach(model)
-
-    def written(prompt):
-        idx = torch.tensor([[*prompt, 9, 9]])
-        x, _ = model.embed(idx, torch.arange(idx.shape[1]))
-        instr = torch.arange(idx.shape[1])[None] < len(prompt)
-        tuner.embed(x, instr)
-        return tuner.kv(model.h[0], 0, torch.randn_like(x), instr).v
-
-    assert torch.equal(written([2, 7, 1]), written([5, 5]))
-    assert not torch.allclose(written([2, 7, 1]), written([3, 1, 4]))
-    assert torch.equal(written([6]), written([8, 8]))
-    assert not torch.allclose(written([6]), written([2, 7, 1]))  # whose row is the table's last
-    tuner.detach()
-    with pytest.raises(ValueError, match="rows of two tasks have one prompt"):
-        tuner.tell(*known_tasks([5], [5]))
-    with pytest.raises(ValueError, match="wants rows with a task"):
-        tuner.tell({"train": [{}]}, examples)
-    with pytest.raises(RuntimeError, match="call tell first"):
-        METHODS["told-the-task"](model.config).embed(None, None)
-    with pytest.raises(ValueError, match="3 tasks in the training rows: -o tasks=3"):
-        tuner.tell(*known_tasks([1], [2], [3]))
-
-
-def test_codes_of_tasks_that_do_not_learn_are_saved_but_not_trained(model):
-    learned, fixed = (METHODS["told-the-task"](model.config, learned=x) for x in (True, False))
-    assert learned.state_dict().keys() == fixed.state_dict().keys()
-    assert dict(learned.named_parameters()).keys() - dict(fixed.named_parameters()).keys() == {"generators.0.table"}
-    assert sum(len(group["params"]) for group in fixed.groups(1.0)) == len(list(fixed.parameters()))
-
-
 @pytest.mark.parametrize("name", ablations.ABLATIONS)
 def test_a_form_of_iapt_differs_from_it_in_one_thing_and_trains_all_that_it_has(model, name):
     """All of them start as the frozen model, but for those whose point it is not to."""
@@ -265,8 +234,6 @@ def test_a_form_of_iapt_differs_from_it_in_one_thing_and_trains_all_that_it_has(
     tuner.start(model)
     tuner.attach(model)
     idx, instr = right_padded([6, 4], 9)
-    if name == "told-the-task":
-        tuner.tell(*known_tasks(*(row[read].tolist() for row, read in zip(idx, instr))))
     starts_as_frozen = torch.allclose(model(idx, instr, tuner), model(idx), atol=1e-5)
     others = ("random-start", "joined", "paper-random-start")  # in joined, keys alone take attention from the words
     assert starts_as_frozen == (name not in others)
@@ -315,7 +282,7 @@ def test_the_table_says_who_is_better_on_the_same_rows(tmp_path):
     np.savez(tmp_path / "scores.npz", **arrays)
     rows = [{"method": name, "trainable": 5, "lr": 0.1} for name in ("iapt", "constants")]
     rows.append({"method": "frozen", "texts": [{"test": {"BLEU": 1.0, "ROUGE-L": 2.0}}]})
-    lines = list(report(rows, Scores(str(tmp_path / "scores.npz")), "iapt"))
+    lines = list(report(rows, Scores(str(tmp_path / "scores.npz"))))
     assert any(line.startswith("| constants | +0.500 (+0.500 to +0.500)") for line in lines)
     assert "| frozen | 1.0 | 2.0 |" in lines
     assert any(line.startswith("| iapt: another row's instruction | +0.250") for line in lines)
@@ -332,7 +299,7 @@ def test_a_control_that_a_test_set_lacks_is_a_dash(tmp_path):
     arrays["iapt/0/test_new/within"] = np.full(50, 1.5)
     np.savez(tmp_path / "scores.npz", **arrays)
     rows = [{"method": "iapt", "trainable": 5, "lr": 0.1}]
-    *_, line = report(rows, Scores(str(tmp_path / "scores.npz")), "iapt")
+    *_, line = report(rows, Scores(str(tmp_path / "scores.npz")))
     assert line == "| iapt: the instruction of another row of the task | – | +0.500 (+0.500 to +0.500) |"
 
 
@@ -345,8 +312,6 @@ def test_a_control_that_a_test_set_lacks_is_a_dash(tmp_path):
         (["-oP=2"], "-o is set run by run"),
         (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
         (["--rates", "0"], "--rates must be above 0"),
-        (["--out", "x", "--warm-start", "x"], "--warm-start x is where this comparison writes to"),
-        (["--reference", "lora"], "--reference lora is none of --methods"),
     ],
 )
 def test_a_wrong_option_is_named(argv, says, capsys):
@@ -357,36 +322,26 @@ def test_a_wrong_option_is_named(argv, says, capsys):
 
 def test_without_the_packages_of_the_metrics_nothing_begins(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    monkeypatch.setattr(compare.Comparison, "__init__", None)
+    monkeypatch.setattr(compare, "rows_of_table", None)
     with pytest.raises(ModuleNotFoundError, match="need sacrebleu: pip install sacrebleu rouge-score"):
         compare.main(["e2e", "--out", str(tmp_path / "x")])
     assert not os.path.exists(tmp_path / "x")
 
 
-def test_the_search_goes_on_while_the_best_rate_is_at_the_edge(tmp_path):
-    args = compare.parse(["tiny", "--methods", "capt", "--seeds", "1", "--validate-only", "--out", str(tmp_path)])
-    own = METHODS["capt"].lr
-    for best, tried in ((8 * own, (0.25, 0.5, 1, 2, 4, 8, 16)), (own / 8, (0.0625, 0.125, 0.25, 0.5, 1, 2))):
-        row = Comparison(args).measure("capt", Jobs(best), None)
-        assert row["lr"] == best and sorted(row["search"]) == [own * x for x in tried]
+def test_after_an_interruption_no_other_method_begins(tmp_path, monkeypatch):
+    begun = []
 
+    def stopped(args, name):
+        begun.append(name)
+        raise SystemExit("stopped")
 
-def test_each_method_starts_from_its_own_run_in_another_table_at_the_rate_chosen_there(tmp_path):
-    write_json(
-        tmp_path / "compare.json",
-        {"rows": [{"method": "capt", "lr": 0.05, "seeds": 3}, {"method": "iapt", "lr": 0.004, "seeds": 3}]},
-    )
-    argv = ["tiny", "--warm-start", str(tmp_path), "--out", str(tmp_path / "x")]
-    comparison = Comparison(compare.parse([*argv, "--methods", "capt,iapt"]))
-    for name, folder in (("capt", "capt-lr5.00e-02-seed2"), ("iapt", "iapt-lr4.00e-03-seed2")):
-        args = train.parse(comparison.own(name, 0.1, 2))
-        assert args.warm_start == str(tmp_path / "runs" / folder) and args.lr == 0.1
-    with pytest.raises(ValueError, match="has no lora-qv. It has: capt, iapt"):
-        Comparison(compare.parse([*argv, "--methods", "capt,lora-qv"]))
-    with pytest.raises(ValueError, match="has 3 seeds of capt, --seeds is 4"):
-        Comparison(compare.parse([*argv, "--methods", "capt", "--seeds", "4"]))
-    with pytest.raises(FileNotFoundError, match="takes the --out of a finished comparison"):
-        Comparison(compare.parse(["tiny", "--warm-start", "nowhere"]))
+    monkeypatch.setattr(compare, "measure", stopped)
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
+    with pytest.raises(SystemExit):
+        compare.rows_of_table(
+            compare.parse(["tiny", "--methods", "capt,ia3,iapt", "--jobs", "2", "--out", str(tmp_path)])
+        )
+    assert begun == ["frozen", "capt"]
 
 
 @pytest.mark.slow
@@ -434,35 +389,28 @@ CELL = {
 }
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_a_cell_says_on_which_rows_reading_pays(tmp_path, told):
-    """Constants lose a nat a token on lists alone; another instruction costs two everywhere; told gains three more."""
+def test_a_cell_says_on_which_rows_reading_pays(tmp_path):
+    """Constants lose a nat a token on lists alone; another instruction costs two everywhere."""
     names = np.array(["capital short", "reverse short", "spanish slow", "last polite"] * 10)
     lists, arrays = np.isin(names, ["reverse short", "last polite"]), {}
-    nats_of = {"frozen": 9.0, "iapt": 1.0, "constants": 1.0 + lists, **({"told-the-task": -2.0} if told else {})}
-    for name, nats in nats_of.items():
+    for name, nats in (("frozen", 9.0), ("iapt", 1.0), ("constants", 1.0 + lists)):
         arrays[f"{name}/0/test/nats"] = nats * np.ones(40)
         arrays[f"{name}/0/test/wrong"], arrays[f"{name}/0/test/tokens"] = np.zeros(40), np.ones(40)
         arrays[f"{name}/0/test/family"] = names
     arrays["iapt/0/test/swapped"] = np.full(40, 3.0)
     np.savez(tmp_path / "scores.npz", **arrays)
     rows = [{"method": name, "trainable": 5, "lr": 0.1, "curves": []} for name in ("iapt", "constants")]
-    write_json(str(tmp_path / "compare.json"), {"rows": rows})
+    write_json(str(tmp_path / "compare.json"), {"rows": [*rows, {"method": "frozen"}]})
     cell = tasks.measured(str(tmp_path))
-    parts = tasks.PARTS + tasks.TOLD_PARTS if told else tasks.PARTS
-    means = {part: cell[part][0] for part in (*tasks.PARTS, *tasks.TOLD_PARTS) if part in cell}
-    assert means == pytest.approx(dict(zip(parts, (0.5, 0.0, 1.0, 0.5, 2.0, 3.5, 3.0, 4.0))))
+    means = [cell[part][0] for part in tasks.PARTS]
+    assert means == pytest.approx([0.5, 0.0, 1.0, 0.5, 2.0]) and set(cell["trained"]) == {"iapt", "constants"}
 
 
 def test_the_table_of_tasks_has_a_line_for_each_cell():
     cell = {"model": "never tuned", "tasks": 4, "steps": 800, **CELL}
     head, _, line = tasks.table([cell])
     assert line.startswith("| never tuned | 4 | 800 | 1.000 (1.0 %) |") and line.count("+0.100 (+0.050 to +0.200)") == 5
-    told = dict.fromkeys(tasks.TOLD_PARTS, [0.1, 0.05, 0.2])
-    _, _, longer = tasks.table([{**cell, **told, "nats": {**CELL["nats"], "told-the-task": 2.0},
-                                 "exact": {**CELL["exact"], "told-the-task": 3.0}}])  # fmt: skip
-    assert "2.000 (3.0 %)" in longer and longer.count("+0.100 (+0.050 to +0.200)") == 8
-    assert head.count("|") == line.count("|") == longer.count("|")
+    assert head.count("|") == line.count("|")
 
 
 def test_a_number_of_tasks_measured_again_takes_the_old_cell_s_place(tmp_path, monkeypatch):

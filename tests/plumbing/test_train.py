@@ -555,7 +555,7 @@ def test_every_flag_refuses_nonsense_in_one_line(name, rows, trained, tmp_path, 
         "sample": [trained, "the past of go ?"],
         "data.prepare": [os.path.join(rows, "val.jsonl"), "--out", "fine"],
         "experiments.bench": [],
-        "experiments.plots": ["curves", trained],
+        "experiments.plots": [trained],
     }[name]
     flags = []
 
