@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from data import Example
 from data.scores import score_examples
-from iapt import IAPT, Generator, PaperIAPT, linear
+from iapt import IAPT, PaperGenerator, PaperIAPT
 from model import Config, Decoder, Tuner
 
 
@@ -27,13 +27,13 @@ class RandomStart(IAPT):
         for value in self.values:
             nn.init.normal_(value, std=0.1)
         for generator in self.generators:
-            nn.init.normal_(generator.up.weight, std=0.1 * generator.up.in_features**-0.5)
+            nn.init.normal_(generator.W_up, std=0.1 * len(generator.W_up) ** -0.5)
 
 
 class Unscaled(IAPT):
     """H and Q as they are, not at unit mean square."""
 
-    generator = Generator
+    generator = PaperGenerator
 
 
 class OwnDown(IAPT):
@@ -42,7 +42,7 @@ class OwnDown(IAPT):
     def __init__(self, config: Config, P: int = 4, m: int = 4, repeat: int = 3):
         super().__init__(config, P, m, repeat)
         for generator in self.generators:
-            generator.down = linear(config.n_embd, m, std=config.n_embd**-0.5)
+            generator.W_down = nn.Parameter(torch.randn(config.n_embd, m) * config.n_embd**-0.5)
 
 
 class PaperRandomStart(PaperIAPT):

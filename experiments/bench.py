@@ -44,6 +44,7 @@ from model import NO_TUNER, Config, Decoder, Tuner
 from plumbing.cli import Parser, add_device_options, at_least, pick_device, run
 from plumbing.compiling import compile_parts, compiled_step
 from plumbing.files import replacing, write_json
+from plumbing.head_loss import head_loss
 from plumbing.hub import find_model
 from plumbing.pretrained import load_pretrained, write_config
 from sample import generate
@@ -283,8 +284,13 @@ class Floor(Tuner):
         super().__init__()
         self.zero = nn.Parameter(torch.zeros(config.n_embd))
 
-    def embed(self, x: Tensor, instr: Tensor) -> tuple:
-        return super().embed(x + self.zero.to(x.dtype), instr)
+    def around_blocks(self, model: Decoder, x: Tensor, rope: tuple | None, instr: Tensor, cache: None) -> Tensor:
+        return model.blocks(x + self.zero.to(x.dtype), rope, instr, self, cache)
+
+
+def training_loss(model: Decoder, tuner: Tuner, idx: Tensor, targets: Tensor, instr: Tensor) -> Tensor:
+    """The loss of a batch, as train.py computes it."""
+    return head_loss(model, model.hidden(idx, instr, tuner), targets)
 
 
 class TrainingStep:
@@ -315,7 +321,7 @@ def bench_step(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:
     model.checkpointing = args.checkpoint
     idx = torch.randint(model.config.vocab_size, (args.rows, args.tokens), device=args.device)
     floor, (targets, instr) = Floor(model.config).to(idx.device), targets_of(idx)
-    steps = {FLOOR: TrainingStep(floor, functools.partial(model, idx, instr, floor, targets), model)}
+    steps = {FLOOR: TrainingStep(floor, functools.partial(training_loss, model, floor, idx, targets, instr), model)}
     steps |= our_steps(model, idx, args.methods)
     if args.compile:
         twin = our_model(name, args)  # a part is compiled in place
@@ -348,7 +354,7 @@ def our_steps(model: Decoder, idx: Tensor, methods: list[str], compiled: bool = 
             with attached(tuner, model):
                 compile_parts(model, tuner)
         label = f"ours: {method}{', in fp32' * (method == 'full')}{', compiled' * compiled}"
-        steps[label] = TrainingStep(tuner, functools.partial(model, idx, instr, tuner, targets), model)
+        steps[label] = TrainingStep(tuner, functools.partial(training_loss, model, tuner, idx, targets, instr), model)
     return steps
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from iapt import IAPT, PaperIAPT
 from plumbing.checkpoint import RunFolder
 from plumbing.cli import Parser, UsageError, at_least, pick_device, run
+from plumbing.explain import reading_weights
 from plumbing.files import read_json, replacing
-from sample import open_runs, reading_weights
+from sample import open_runs
 
 # -- What each soft token reads ----------------------------------------------------------------------------------------
 
@@ -62,7 +63,7 @@ def plot_reads(args: Namespace):
         raise UsageError(f"{args.run} is not a run of IAPT: only that has generators to look into")
     tuner.attach(model)
     prompt = template.prompt_ids({"instruction": args.instruction}, tokenizer)
-    words, weights = reading_weights(model, tokenizer, tuner, prompt)
+    words, weights = tokenizer.words(prompt), reading_weights(model, tuner, prompt)
     layers = args.layers or list(range(1, len(weights) + 1))
     if max(layers) > len(weights):
         raise UsageError(f"--layers: there are {len(weights)}, got {max(layers)}")
