@@ -16,6 +16,8 @@ Letters for shapes, here and everywhere: B rows of a batch, T tokens, P soft tok
 heads, D head size, V vocabulary, L layers.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,9 +79,10 @@ class Soft(NamedTuple):
     v: Tensor  # (B, G, P, D)
     keep: Tensor | None = None  # (B, P), False on what a row lacks, if rows differ (tenants); None: all are there
 
-    def mask(self) -> Tensor | None:
-        """`keep` for attention: (B, 1, 1, P)."""
-        return None if self.keep is None else self.keep[:, None, None]
+    def mask(self) -> Tensor:
+        """`keep` for attention, spelled out: (B or 1, 1, 1, P)."""
+        keep = self.k.new_ones(1, self.k.shape[2], dtype=torch.bool) if self.keep is None else self.keep
+        return keep[:, None, None]
 
 
 class SoftTokens(NamedTuple):
@@ -152,7 +155,7 @@ class Attention(nn.Module):
         """What q (B, H, T, D) finds in k, v (B, G, S, D), and in separate soft tokens, projected: (B, T, C)."""
         y = attend(q, k, v, mask, causal=mask is None)
         if separate is not None:
-            y = y + attend(q, separate.k, separate.v, separate.mask())
+            y = y + attend(q, separate.k, separate.v, None if separate.keep is None else separate.mask())
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -199,7 +202,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple | None, soft: SoftTokens = NO_SOFT, mask: Tensor | None = None
                 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """x (B, T, C) -> x (B, T, C) and its keys and values (B, G, T, D); mask as of `attention_mask`."""
+        """x (B, T, C) -> x (B, T, C) and its keys and values (B, G, T, D); mask (.., T, T + P), see `attention_mask`.
+
+        What is joined with the tokens may be soft tokens, or all that is in the cache.
+        """
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
         x = x + self.attn.mix(q, *soft.join(k, v), mask, soft.separate)
         return x + self.mlp(self.ln_2(x)), k, v
@@ -219,10 +225,9 @@ def attention_mask(T: int, joined: Soft | None) -> Tensor | None:
     """(.., T, T + P), True where a token may look: at tokens up to itself, and at P soft tokens joined behind them."""
     if joined is None:
         return None  # plain causal attention: so it always is for IAPT
-    B, _, P, _ = joined.k.shape
-    mask = torch.ones(T, T + P, dtype=torch.bool, device=joined.k.device).tril()
-    mask[:, T:] = True
-    return mask if joined.keep is None else mask & F.pad(joined.keep, (T, 0), value=True)[:, None, None]
+    causal = torch.ones(T, T, dtype=torch.bool, device=joined.k.device).tril()
+    soft = joined.mask()
+    return torch.cat((causal.expand(*soft.shape[:2], -1, -1), soft.expand(-1, -1, T, -1)), -1)
 
 
 class Tuner(nn.Module):
@@ -235,6 +240,8 @@ class Tuner(nn.Module):
 
     lr = 1e-2  # the default of train.py's --lr
     separate = False  # whether its soft tokens get a softmax of their own, whose result is added
+    act = "all"  # on all tokens; "answer": the frozen model reads the prompt, and the tuner acts from its last token on
+    acts = ("all", "answer")  # what `act` can be
 
     def start(self, model: "Decoder"):
         """Once, before training: set parameters that start from the frozen model's own."""
@@ -265,6 +272,14 @@ class Tuner(nn.Module):
         soft = Soft(soft.k.to(x.dtype).contiguous(), soft.v.to(x.dtype).contiguous(), soft.keep)
         return SoftTokens(separate=soft) if self.separate else SoftTokens(joined=soft)
 
+    def write(self, model: "Decoder", states: list[Tensor], instr: Tensor) -> list[SoftTokens]:
+        """Once a prompt, with act = "answer": what entered each layer of the frozen model -> each layer's `soft`."""
+        return [self.soft(block, l, x, instr) for l, (block, x) in enumerate(zip(model.h, states))]
+
+    def silent(self) -> AbstractContextManager:
+        """A with block in which the tuner does nothing."""
+        return nullcontext()
+
     def around_blocks(self, model: "Decoder", x: Tensor, rope: tuple | None, instr: Tensor | None,
                       cache: "Cache | None") -> Tensor:  # fmt: skip
         """Once a sequence: embeddings x (B, T, C) through the blocks.  Prompt tuning adds tokens here (embedded.py)."""
@@ -288,25 +303,30 @@ class CachedLayer(NamedTuple):
 
 
 class Cache:
-    """Keys and values of right-padded prompts, with `room` for more tokens: what `prefill` leaves for `step`.
+    """Keys and values of right-padded prompts, with `room` for more tokens.
 
     Each row goes on at its own length, over its own padding, so prompts of different lengths decode together.  Shapes
     never change, so a decode step is compiled once.
     """
 
-    def __init__(self, length: Tensor, room: int):
+    def __init__(self, length: Tensor, room: int = 0):
         self.room, self.layers = room, []
+        self.states = []  # what entered each layer, (B, T, C), if the frozen model alone has read: for `Tuner.write`
         self.at, self.pos = length.clone(), length.clone()  # (B,): where a row's next token goes, and its position
 
     def append(self, k: Tensor, v: Tensor, soft: SoftTokens):
         """Add a layer's keys and values (B, G, T, D), and its soft tokens."""
         k, v = F.pad(k, (0, 0, 0, self.room)), F.pad(v, (0, 0, 0, self.room))
-        mask = (torch.arange(k.shape[2], device=k.device) < self.at[:, None])[:, None, None]
+        mask = torch.arange(k.shape[2], device=k.device) < self.at[:, None]
+        self.layers.append(CachedLayer(k, v, mask[:, None, None], None))
+        self.add_soft(len(self.layers) - 1, soft)
+
+    def add_soft(self, l: int, soft: SoftTokens):
+        """Add soft tokens to a layer."""
+        k, v, mask, _ = self.layers[l]
         if soft.joined is not None:
-            kept = soft.joined.mask()
-            P = soft.joined.k.shape[2]
-            mask = torch.cat((mask, mask.new_ones(len(mask), 1, 1, P) if kept is None else kept), -1)
-        self.layers.append(CachedLayer(*soft.join(k, v), mask, soft.separate))
+            mask = torch.cat((mask, soft.joined.mask().expand(len(mask), -1, -1, -1)), -1)
+        self.layers[l] = CachedLayer(*soft.join(k, v), mask, soft.separate)
 
     def select_rows(self, rows: Tensor):
         """Go on with the rows of these indices, in this order; a row may occur several times."""
@@ -346,18 +366,24 @@ class Decoder(nn.Module):
         x = self.wte(idx)
         return (x, rotary(self.config, pos)) if self.wpe is None else (x + self.wpe(pos), None)
 
-    def hidden(self, idx: Tensor, instr: Tensor | None = None, tuner: Tuner | None = None,
-               cache: Cache | None = None) -> Tensor:  # fmt: skip
-        """The last hidden states (B, T, C) of right-padded tokens idx (B, T); instr (B, T): True on the prompt."""
+    def hidden(self, idx: Tensor, instr: Tensor | None = None, tuner: Tuner | None = None, cache: Cache | None = None,
+               needed: Tensor | None = None) -> Tensor:  # fmt: skip
+        """The last hidden states (B, T, C) of right-padded tokens idx (B, T); instr (B, T): True on the prompt.
+
+        needed (B, T): where they will be used; elsewhere they may be anything.
+        """
         T, limit = idx.shape[1], self.config.block_size
         if T > limit:
             raise ValueError(f"this model wants at most {limit} tokens, got {T} (--block-size, or shorten the prompt)")
         if tuner is not None and instr is None:
             raise ValueError("a tuner needs instr (B, T), True on the instruction's tokens: it got None")
+        tuner = tuner or NO_TUNER
+        if tuner.act == "answer":
+            return self.read_write_answer(idx, instr, tuner, needed)
         # Tokens become vectors, ...
         x, rope = self.embed(idx, torch.arange(T, device=idx.device))
         # ... which go through the blocks, among a method's own vectors if it has any, ...
-        x = (tuner or NO_TUNER).around_blocks(self, x, rope, instr, cache)
+        x = tuner.around_blocks(self, x, rope, instr, cache)
         # ... and are normed for the head.
         return self.ln_f(x)
 
@@ -371,10 +397,65 @@ class Decoder(nn.Module):
                 cache.append(k, v, soft)
             return x
 
+        return self.through_layers(layer, x)
+
+    def through_layers(self, layer: Callable[[int, Tensor], Tensor], x: Tensor) -> Tensor:
+        """layer(L - 1, .. layer(1, layer(0, x)))."""
         recompute = self.checkpointing and torch.is_grad_enabled()
         for l in range(len(self.h)):
             x = checkpoint(layer, l, x, use_reentrant=False) if recompute else layer(l, x)
         return x
+
+    # -- Read, write, answer: for a tuner that acts on the answer alone
+
+    def read_write_answer(self, idx: Tensor, instr: Tensor, tuner: Tuner, needed: Tensor | None) -> Tensor:
+        """`hidden`: the frozen model reads, the tuner writes soft tokens, the prompt's last token and what follows act.
+
+        Only the last of the three has a gradient with respect to hidden states, and it has the answer's tokens alone.
+        """
+        B, width = idx.shape
+        length, place = instr.sum(1), torch.arange(width, device=idx.device)
+        end = place[-1:] + 1 if needed is None else (needed * (place + 1)).amax(1)
+        longest, n = torch.stack((length.max(), (end - length).max() + 1)).clamp(1).tolist()
+        with tuner.silent():
+            x, cache = self.read(idx[:, :longest], length)
+        for l, soft in enumerate(tuner.write(self, cache.states, instr[:, :longest])):
+            cache.add_soft(l, soft)
+        at = cache.pos[:, None] + torch.arange(n, device=idx.device)  # (B, n)
+        more = max(0, longest - 1 + n - width)  # a row with a long prompt may have padding alone behind it
+        y = self.answer(F.pad(idx, (0, more)).gather(1, at), cache)
+        x = F.pad(x, (0, 0, 0, width + more - longest))
+        return x.scatter(1, at[..., None].expand(-1, -1, x.shape[2]), y)[:, :width]
+
+    @torch.no_grad()
+    def read(self, idx: Tensor, length: Tensor, room: int = 0) -> tuple[Tensor, Cache]:
+        """Right-padded prompts idx (B, T) of `length` (B,) tokens -> hidden states (B, T, C), and a Cache with states.
+
+        It ends before the last token of each prompt, which is the first that `answer` or `step` takes.
+        """
+        cache = Cache(length - 1, room)
+        x, rope = self.embed(idx, torch.arange(idx.shape[1], device=idx.device))
+        for block in self.h:
+            cache.states.append(x)
+            x, k, v = block(x, rope)
+            cache.append(k, v, NO_SOFT)
+        return self.ln_f(x), cache
+
+    def answer(self, idx: Tensor, cache: Cache) -> Tensor:
+        """The last hidden states of tokens idx (B, T) that follow what is in the cache: T steps at once.
+
+        With a gradient, and without writing into the cache.
+        """
+        T = idx.shape[1]
+        pos = cache.pos[:, None] + torch.arange(T, device=idx.device)
+        x, rope = self.embed(idx, pos.clamp(max=self.config.block_size - 1))  # padding may go beyond
+
+        def layer(l: int, x: Tensor) -> Tensor:
+            k, v, mask, separate = cache.layers[l]
+            past = Soft(k, v, mask[:, 0, 0])
+            return self.h[l](x, rope, SoftTokens(past, separate), attention_mask(T, past))[0]
+
+        return self.ln_f(self.through_layers(layer, x))
 
     def forward(self, idx: Tensor, instr: Tensor | None = None, tuner: Tuner | None = None,
                 targets: Tensor | None = None) -> Tensor:  # fmt: skip
@@ -391,9 +472,16 @@ class Decoder(nn.Module):
     def prefill(self, idx: Tensor, length: Tensor, tuner: Tuner | None = None, room: int = 0) -> tuple[Tensor, Cache]:
         """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next one, and a Cache."""
         instr = torch.arange(idx.shape[1], device=idx.device) < length[:, None]  # all of a prompt is instruction
+        rows = torch.arange(len(idx), device=idx.device)
+        if tuner is not None and tuner.act == "answer":
+            with tuner.silent():
+                _, cache = self.read(idx, length, room)
+            for l, soft in enumerate(tuner.write(self, cache.states, instr)):
+                cache.add_soft(l, soft)
+            return self.step(idx[rows, length - 1], cache), cache
         cache = Cache(length, room)
         x = self.hidden(idx, instr, tuner, cache)
-        return self.head(x[torch.arange(len(idx), device=idx.device), length - 1]), cache
+        return self.head(x[rows, length - 1]), cache
 
     @torch.no_grad()
     def step(self, idx: Tensor, cache: Cache) -> Tensor:

@@ -78,7 +78,8 @@ def open_runs(
             )
         if meta["template"] != first["template"]:
             raise ValueError(f"{path} has another template than {paths[0]}: ask them one after the other")
-        tuners.append(build(meta["method"], model.config, meta["options"]).to(device).eval())
+        act = meta.get("act", "all")  # which is what runs did before there was a choice
+        tuners.append(build(meta["method"], model.config, meta["options"], act).to(device).eval())
         load_into(tuners[-1], content, path)
     return Opened(model, tokenizer, make_template(first["template"], tokenizer), tuners)
 

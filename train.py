@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from baselines import METHODS, build, describe_options, spell_out
+from baselines import METHODS, build, describe_options, method, spell_out
 from data import Batch, Batches, Example, encode, evenly_spaced, open_data, rows_fingerprint
 from data.files import label_words
 from data.scores import Score, accuracy, before_and_after, evaluate, score_table
@@ -37,8 +37,8 @@ from plumbing.pretrained import fingerprint, save_pretrained
 from sample import answer, open_model
 
 # Options that a checkpoint records, beside what new_tuner adds: with others a run cannot be resumed.
-RUN_KEYS = ("method", "init", "scratch", "data", "template", "seed", "steps", "lr", "batch_size", "weight_decay",
-            "eval_every", "train_rows", "val_rows", "skip_bad", "truncate", "warm_start")  # fmt: skip
+RUN_KEYS = ("method", "act", "init", "scratch", "data", "template", "seed", "steps", "lr", "batch_size",
+            "weight_decay", "eval_every", "train_rows", "val_rows", "skip_bad", "truncate", "warm_start")  # fmt: skip
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
@@ -50,6 +50,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--template", default="plain", choices=["plain", "chat"], help="layout of a row; chat: the model's own")
     add("--method", default="iapt", help=", ".join(METHODS))
     add("-o", nargs="+", default=[], action="extend", metavar="NAME=VALUE", help="options of the method; -o help")
+    add("--act", default="all", choices=["all", "answer"], help="on all tokens, or on the answer alone")
     add("--out", help="folder of the run (default: out/METHOD)")
     add("--warm-start", metavar="RUN", help="begin with what another run of the method has trained (its best.pt)")
     start = parser.add_mutually_exclusive_group()
@@ -77,6 +78,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     if "help" in args.o:
         print(describe_options(args.method))
         parser.exit()
+    method(args.method, args.act)
     args.o = spell_out(args.method, args.o)  # a wrong option is found before anything is opened
     args.out = args.out or os.path.join("out", args.method)
     if args.scratch and args.method != "full":
@@ -181,7 +183,7 @@ def add_gradients(model: Decoder, tuner: Tuner, batch: Batch, parts: int) -> tup
     batch = distributed.local_rows(batch)
     for idx, targets, instr in zip(*(x.chunk(parts) for x in batch)):
         share = (targets >= 0).sum() / targets_in_batch  # the loss is the mean over this micro-batch
-        part = head_loss(model, model.hidden(idx, instr, tuner), targets) * share
+        part = head_loss(model, model.hidden(idx, instr, tuner, needed=targets >= 0), targets) * share
         part.backward()
         loss += part.item()
     return loss, (batch.instr | (batch.targets >= 0)).sum().item()
@@ -234,7 +236,7 @@ def new_tuner(args: Namespace, session: Session) -> tuple[Tuner, dict]:
     """A tuner at its start, not attached, and what its checkpoints say of the run.  Sets args.lr if it was left out."""
     weight = session.model.wte.weight
     torch.manual_seed(args.seed)
-    tuner = build(args.method, session.model.config, args.o).to(weight.device)
+    tuner = build(args.method, session.model.config, args.o, args.act).to(weight.device)
     tuner.start(session.model)
     args.lr = tuner.lr if args.lr is None else args.lr
     meta = {name: getattr(args, name) for name in RUN_KEYS}

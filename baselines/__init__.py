@@ -34,16 +34,24 @@ METHODS = {
 }
 
 
-def build(name: str, config: Config, options: Iterable[str] = ()) -> Tuner:
-    """A method's tuner, with options such as "P=8".  Raises UsageError if one of them is wrong."""
-    cls = method(name)
-    return cls(config, **parse_options(cls, name, options))
+def build(name: str, config: Config, options: Iterable[str] = (), act: str = "all") -> Tuner:
+    """A method's tuner, with options such as "P=8", acting on all tokens or on the answer alone.
+
+    Raises UsageError if the method has no such options, or cannot act so.
+    """
+    cls = method(name, act)
+    tuner = cls(config, **parse_options(cls, name, options))
+    tuner.act = act
+    return tuner
 
 
-def method(name: str) -> type[Tuner]:
-    """The class of a method.  Raises UsageError, which lists the names, if there is none."""
+def method(name: str, act: str = "all") -> type[Tuner]:
+    """The class of a method.  Raises UsageError, which lists the names, if there is none, or it cannot act so."""
     if name not in METHODS:
         raise UsageError(f"no method {name!r}. There are: {', '.join(METHODS)}")
+    if act not in METHODS[name].acts:
+        able = ", ".join(other for other, cls in METHODS.items() if act in cls.acts)
+        raise UsageError(f"{name} acts on the whole prompt: --act {act} is for {able}")
     return METHODS[name]
 
 

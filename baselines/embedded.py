@@ -23,6 +23,8 @@ class Embedded(NamedTuple):
 class EmbeddedTuner(Tuner):
     """A method with soft tokens among the embeddings.  Override `embed`."""
 
+    acts = ("all",)
+
     def embed(self, x: Tensor, instr: Tensor) -> Embedded | None:
         """Once a sequence: embeddings x (B, T, C), with soft tokens in each row before its padding; or None."""
         return None

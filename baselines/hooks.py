@@ -4,6 +4,7 @@ LoRA and adapters are forward hooks, so the decoder's modules and their names ne
 those of model.py.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -44,6 +45,14 @@ class Hooked(Tuner):
     def detach(self):
         while self.hooks:
             self.hooks.pop().remove()
+
+    @contextlib.contextmanager
+    def silent(self):
+        self.muted = True
+        try:
+            yield
+        finally:
+            self.muted = False
 
 
 def call_in_dtype(module: nn.Module, x: Tensor) -> Tensor:
@@ -161,6 +170,7 @@ class Full(Tuner):
     """Every weight trains: a copy of the model's, in fp32, which takes the place of the model's own while attached."""
 
     lr = 1e-3
+    acts = ("all",)
 
     def __init__(self, config: Config):
         super().__init__()

@@ -290,7 +290,7 @@ class Floor(Tuner):
 
 def training_loss(model: Decoder, tuner: Tuner, idx: Tensor, targets: Tensor, instr: Tensor) -> Tensor:
     """The loss of a batch, as train.py computes it."""
-    return head_loss(model, model.hidden(idx, instr, tuner), targets)
+    return head_loss(model, model.hidden(idx, instr, tuner, needed=targets >= 0), targets)
 
 
 class TrainingStep:

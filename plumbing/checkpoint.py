@@ -99,7 +99,7 @@ def warm_start(tuner: Tuner, path: str, meta: dict, out: str):
     if os.path.realpath(folder) == os.path.realpath(out):
         raise ValueError(f"--warm-start {path} is where this run writes to: --out names another folder")
     content = load_checkpoint(path)
-    if any(content["meta"][key] != meta[key] for key in ("method", "options", "base", "template")):
+    if any(content["meta"][key] != meta[key] for key in ("method", "act", "options", "base", "template")):
         theirs, ours = (
             f"{run['method']} {' '.join(run['options'])} on {run['init']} ({run['base']}, template {run['template']})"
             for run in (content["meta"], meta)

@@ -96,10 +96,10 @@ def small_model(arch, **config):
     return shake(Decoder(Config(**{**sizes, "arch": arch, **config})), 0.3).requires_grad_(False)
 
 
-def small_tuner(method, model, options=()):
+def small_tuner(method, model, options=(), act="all"):
     """A shaken tuner, attached.  It acts visibly on the model, so that a test of its effect can fail."""
     torch.manual_seed(0)
-    tuner = build(method, model.config, options)
+    tuner = build(method, model.config, options, act)
     tuner.start(model)
     tuner.attach(model)
     return shake(tuner, 0.1).eval()

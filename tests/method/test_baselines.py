@@ -133,6 +133,13 @@ def test_the_temperature_of_the_draws_falls_from_one_to_a_half():
         assert tuner.tau == tau
 
 
+@pytest.mark.parametrize("method", ["prompt", "dynamic", "full"])
+def test_a_method_that_cannot_act_on_the_answer_alone_says_so_and_which_can(model, method):
+    able = "iapt, paper-iapt, constants, ptuning2, prefix, capt, lora, ia3, adapter, mine"
+    with pytest.raises(UsageError, match=f"{method} acts on the whole prompt: --act answer is for {able}"):
+        build(method, model.config, act="answer")
+
+
 @pytest.mark.parametrize("method", ["mine", "capt"])
 def test_one_long_state_is_not_all_that_a_mean_reads(method):
     """In a real LLaMA the first token's state is some hundred times as long as the others."""
@@ -196,4 +203,4 @@ def test_a_broken_method_fails_the_tests_that_a_registered_method_runs(monkeypat
     model = small_model("gpt2")
     tuner = shake(small_tuner("broken", model), 0.3)
     with pytest.raises(RuntimeError if broken is Remembers and "gradient" in test.__name__ else AssertionError):
-        test(SimpleNamespace(arch="gpt2", method="broken", options=[], model=model, tuner=tuner))
+        test(SimpleNamespace(arch="gpt2", method="broken", options=[], act="all", model=model, tuner=tuner))

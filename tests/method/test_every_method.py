@@ -19,16 +19,23 @@ VARIANTS = {
     "dynamic": ["length=1 pool=3", "position=task P=4", "position=before length=1"],
     "lora": ["on=all r=2"],
 }
-CASES = [(arch, method, options) for arch in ARCHS for method in METHODS for options in ["", *VARIANTS.get(method, [])]]
+WAYS = [(method, options, "all") for method in METHODS for options in ["", *VARIANTS.get(method, [])]]
+WAYS += [(method, "", "answer") for method, cls in METHODS.items() if "answer" in cls.acts]
+CASES = [(arch, *way) for arch in ARCHS for way in WAYS]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: "-".join(filter(None, case)).replace(" ", ","))
+def name_of(case):
+    arch, method, options, act = case
+    return "-".join(filter(None, (arch, method, options.replace(" ", ","), act.removeprefix("all"))))
+
+
+@pytest.fixture(params=CASES, ids=name_of)
 def tuned(request):
     """A small frozen model with a shaken tuner attached, and how to make the like again."""
-    arch, method, options = request.param
+    arch, method, options, act = request.param
     model, options = small_model(arch), options.split()
-    tuner = small_tuner(method, model, options)
-    return SimpleNamespace(arch=arch, method=method, options=options, model=model, tuner=tuner)
+    tuner = small_tuner(method, model, options, act)
+    return SimpleNamespace(arch=arch, method=method, options=options, act=act, model=model, tuner=tuner)
 
 
 def test_a_tuner_acts(tuned):
@@ -96,6 +103,34 @@ def test_every_trained_parameter_gets_a_gradient_even_after_an_evaluation(tuned)
     assert not silent
 
 
+def test_what_acts_on_the_answer_alone_leaves_the_prompt_s_cache_as_the_frozen_model_makes_it(tuned):
+    """Bit for bit, up to the prompt's last token; and hidden states before it are the frozen model's, too."""
+    if tuned.act == "all":
+        pytest.skip("it acts on the prompt, too")
+    plain, (idx, instr) = small_model(tuned.arch), right_padded([6, 4], 6)
+    length = torch.tensor([6, 4])
+    logits, cache = tuned.model.prefill(idx, length, tuned.tuner, room=2)
+    other_logits, other = plain.prefill(idx, length, room=2)
+    assert (logits - other_logits).abs().max() > 1e-3
+    for ours, theirs in zip(cache.layers, other.layers):
+        for row, n in enumerate(length - 1):
+            assert torch.equal(ours.k[row, :, :n], theirs.k[row, :, :n])
+            assert torch.equal(ours.v[row, :, :n], theirs.v[row, :, :n])
+    ours, theirs = tuned.model.hidden(idx, instr, tuned.tuner), plain.hidden(idx)
+    for row, n in enumerate(length - 1):
+        assert torch.equal(ours[row, :n], theirs[row, :n]) and not torch.allclose(ours[row, n], theirs[row, n])
+
+
+def test_hidden_states_that_are_not_needed_may_be_left_out_but_no_others_change(tuned):
+    idx, instr = right_padded([6, 4], 12)
+    idx = torch.where(instr, idx, torch.randint(1, 50, idx.shape))
+    needed = ~instr & (torch.arange(12) < torch.tensor([[8], [7]]))
+    whole = tuned.model.hidden(idx, instr, tuned.tuner)
+    part = tuned.model.hidden(idx, instr, tuned.tuner, needed=needed)
+    assert part.shape == whole.shape
+    torch.testing.assert_close(part[needed], whole[needed], atol=1e-5, rtol=1e-5)
+
+
 def test_frozen_weights_do_not_change(tuned):
     model, tuner = tuned.model, tuned.tuner
     optimizer = torch.optim.AdamW(tuner.groups(0.01))
@@ -121,7 +156,7 @@ def test_saved_and_loaded_gives_the_same_logits(tuned, tmp_path):
     meta = {"method": tuned.method, "options": tuned.options, "init": "", "base": ""}
     save_tuner(tmp_path / "t.pt", tuned.tuner, meta)
     model = small_model(tuned.arch)
-    loaded = build(tuned.method, model.config, tuned.options).eval()
+    loaded = build(tuned.method, model.config, tuned.options, tuned.act).eval()
     loaded.attach(model)
     loaded.load_state_dict(load_checkpoint(tmp_path / "t.pt")["tuner"])
     assert torch.equal(model(idx, instr, loaded), wanted)
@@ -158,11 +193,12 @@ def test_beside_a_model_in_bf16_what_is_learned_stays_in_fp32(tuned):
 
 
 # Tracing takes seconds: by default, three kinds of method on one architecture.
-QUICK = [case for case in CASES if case[0] == "llama" and case[1] in ("iapt", "prompt", "lora") and not case[2]]
+KINDS = [("iapt", "all"), ("prompt", "all"), ("lora", "all"), ("iapt", "answer")]
+QUICK = [case for case in CASES if case[0] == "llama" and (case[1], case[3]) in KINDS and not case[2]]
 TRACED = [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 
-@pytest.mark.parametrize("tuned", TRACED, indirect=True, ids=lambda case: "-".join(filter(None, case)))
+@pytest.mark.parametrize("tuned", TRACED, indirect=True, ids=name_of)
 def test_compiled_equals_eager(tuned):
     """The hidden states and their gradients, as `train.py --compile` computes them.  aot_eager traces forward and
     backward as inductor does, in seconds.
