@@ -428,16 +428,23 @@ class Decoder(nn.Module):
         return x.scatter(1, at[..., None].expand(-1, -1, x.shape[2]), y)[:, :width]
 
     @torch.no_grad()
-    def read(self, idx: Tensor, length: Tensor, room: int = 0) -> tuple[Tensor, Cache]:
+    def read(self, idx: Tensor, length: Tensor, room: int = 0, past: Cache | None = None) -> tuple[Tensor, Cache]:
         """Right-padded prompts idx (B, T) of `length` (B,) tokens -> hidden states (B, T, C), and a Cache with states.
 
-        It ends before the last token of each prompt, which is the first that `answer` or `step` takes.
+        It ends before the last token of each prompt, which is the first that `answer` or `step` takes.  Prompts go on
+        from `past`, what one row without padding has left here, if it is given.
         """
-        cache = Cache(length - 1, room)
-        x, rope = self.embed(idx, torch.arange(idx.shape[1], device=idx.device))
-        for block in self.h:
+        B, T = idx.shape
+        S = past.states[0].shape[1] if past else 0
+        cache = Cache(S + length - 1, room)
+        x, rope = self.embed(idx, torch.arange(S, S + T, device=idx.device))
+        for l, block in enumerate(self.h):
             cache.states.append(x)
-            x, k, v = block(x, rope)
+            before = Soft(*(a[:, :, :S].expand(B, -1, -1, -1) for a in past.layers[l][:2])) if past else None
+            x, k, v = block(x, rope, SoftTokens(before), attention_mask(T, before))
+            if past:
+                k, v = torch.cat((before.k, k), 2), torch.cat((before.v, v), 2)
+                cache.states[l] = torch.cat((past.states[l].expand(B, -1, -1), cache.states[l]), 1)
             cache.append(k, v, NO_SOFT)
         return self.ln_f(x), cache
 
@@ -469,16 +476,26 @@ class Decoder(nn.Module):
         return F.cross_entropy(self.head(x).float(), targets, reduction="sum") / max(1, len(targets))
 
     @torch.no_grad()
-    def prefill(self, idx: Tensor, length: Tensor, tuner: Tuner | None = None, room: int = 0) -> tuple[Tensor, Cache]:
-        """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next one, and a Cache."""
-        instr = torch.arange(idx.shape[1], device=idx.device) < length[:, None]  # all of a prompt is instruction
+    def prefill(self, idx: Tensor, length: Tensor, tuner: Tuner | None = None, room: int = 0, past: Cache | None = None
+                ) -> tuple[Tensor, Cache]:  # fmt: skip
+        """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next one, and a Cache.
+
+        For a tuner that acts on the answer alone, what all rows begin with is read once; or it is `past`, see `read`.
+        """
         rows = torch.arange(len(idx), device=idx.device)
+        last = idx[rows, length - 1]
         if tuner is not None and tuner.act == "answer":
             with tuner.silent():
-                _, cache = self.read(idx, length, room)
+                n = 0 if past else common_prefix(idx, length)
+                if n >= 16:
+                    _, past = self.read(idx[:1, :n], length[:1] * 0 + n)
+                    idx, length = idx[:, n:], length - n
+                _, cache = self.read(idx, length, room, past)
+            instr = torch.arange(cache.states[0].shape[1], device=idx.device) <= cache.pos[:, None]
             for l, soft in enumerate(tuner.write(self, cache.states, instr)):
                 cache.add_soft(l, soft)
-            return self.step(idx[rows, length - 1], cache), cache
+            return self.step(last, cache), cache
+        instr = torch.arange(idx.shape[1], device=idx.device) < length[:, None]  # all of a prompt is instruction
         cache = Cache(length, room)
         x = self.hidden(idx, instr, tuner, cache)
         return self.head(x[rows, length - 1]), cache
@@ -492,3 +509,9 @@ class Decoder(nn.Module):
         cache.at += 1
         cache.pos += 1
         return self.head(self.ln_f(x))[:, 0]
+
+
+def common_prefix(idx: Tensor, length: Tensor) -> int:
+    """How many tokens all rows of idx (B, T) begin with; 0 for one row, and less than the shortest `length` (B,)."""
+    same = (idx == idx[:1]).all(0).long().cumprod(0).sum().item()
+    return min(same, length.min().item() - 1) if len(idx) > 1 else 0

@@ -12,6 +12,7 @@ A tenant with hooks (LoRA, adapters) works at every step, on its own rows.  That
 is about, and `python -m experiments.bench serve` measures it.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -43,6 +44,9 @@ class Tenants(EmbeddedTuner):
         for tuner in tuners:
             if type(tuner).attach is not Tuner.attach and not isinstance(tuner, Hooked):
                 raise ValueError(f"{type(tuner).__name__} changes the model itself: its tenants cannot share one")
+            if tuner.act != tuners[0].act:
+                raise ValueError("tenants that act on all tokens and on the answer alone: ask them one after the other")
+        self.act = tuners[0].act if tuners else "all"
         self.register_buffer("tenant_of_row", torch.as_tensor(tenant_of_row), persistent=False)
         owners = self.tenant_of_row.tolist()
         if not all(-1 <= t < len(tuners) for t in owners):
@@ -105,10 +109,15 @@ class Tenants(EmbeddedTuner):
         for rows, tuner in self.parts:
             yield rows, tuner, x[rows], instr[rows]
 
+    def silent(self) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        for hooked in self.hooked:
+            stack.enter_context(hooked.silent())
+        return stack
+
     def embed(self, x: Tensor, instr: Tensor) -> Embedded | None:
         B, T, device = *x.shape[:2], x.device
-        if B != len(self.tenant_of_row):
-            raise ValueError(f"{B} rows, but tenants of {len(self.tenant_of_row)}")
+        self.check_rows(x)
         parts = [(rows, tuner.embed(*own)) for rows, tuner, *own in self.ask(x, instr) if hasattr(tuner, "embed")]
         parts = [(rows, part) for rows, part in parts if part is not None]
         if not parts:
@@ -122,16 +131,29 @@ class Tenants(EmbeddedTuner):
         return Embedded(out, at, n)
 
     def soft(self, block: Block, l: int, x: Tensor, instr: Tensor) -> SoftTokens:
-        for hooked in self.hooked:  # soft tokens pass the frozen norm and projections, not those of another tenant
-            hooked.muted = True
-        parts = [(rows, tuner.soft(block, l, *own)) for rows, tuner, *own in self.ask(x, instr)]
-        for hooked in self.hooked:
-            hooked.muted = False
-        # A row without separate soft tokens sees zeros, which add nothing: a softmax over nothing is nan in some
-        # kernels.
-        joined = merge_rows([(rows, soft.joined) for rows, soft in parts], x, keep=False)
-        separate = merge_rows([(rows, soft.separate) for rows, soft in parts], x, keep=True)
-        return SoftTokens(joined, separate)
+        with self.silent():  # soft tokens pass the frozen norm and projections, not those of another tenant
+            return merge([(rows, tuner.soft(block, l, *own)) for rows, tuner, *own in self.ask(x, instr)], x)
+
+    def write(self, model: Decoder, states: list[Tensor], instr: Tensor) -> list[SoftTokens]:
+        self.check_rows(instr)
+        with self.silent():
+            parts = [(rows, tuner.write(model, [x[rows] for x in states], instr[rows])) for rows, tuner in self.parts]
+        return [merge([(rows, layers[l]) for rows, layers in parts], x) for l, x in enumerate(states)]
+
+    def check_rows(self, x: Tensor):
+        """Raise ValueError if a batch x (B, ..) has not a row for each that has a tenant."""
+        if len(x) != len(self.tenant_of_row):
+            raise ValueError(f"{len(x)} rows, but tenants of {len(self.tenant_of_row)}")
+
+
+def merge(parts: list[tuple[list[int], SoftTokens]], x: Tensor) -> SoftTokens:
+    """The soft tokens of some rows each as those of the whole batch x (B, ..).
+
+    A row without separate ones sees zeros, which add nothing: a softmax over nothing is nan in some kernels.
+    """
+    joined = merge_rows([(rows, soft.joined) for rows, soft in parts], x, keep=False)
+    separate = merge_rows([(rows, soft.separate) for rows, soft in parts], x, keep=True)
+    return SoftTokens(joined, separate)
 
 
 def merge_rows(parts: list[tuple[list[int], Soft | None]], x: Tensor, keep: bool) -> Soft | None:
@@ -168,8 +190,7 @@ class StackedIAPT(Tuner):
 
     def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft:
         def one_tenant(weights, x, instr):
-            # tie_weights would replace a module that layers share once for each of them, and leave it.
-            return functional_call(self.one, weights, (block, l, x, instr), tie_weights=False)
+            return functional_call(self.one, weights, (block, l, x, instr))
 
         x, instr = x.unflatten(0, (self.N, -1)), instr.unflatten(0, (self.N, -1))
         k, v = vmap(one_tenant)(self.weights, x, instr)
