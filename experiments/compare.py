@@ -46,7 +46,6 @@ from data.tokenizer import Tokenizer
 from experiments.ablations import ABLATIONS, mean_output, swapped_instruction, swapped_within_tasks
 from experiments.bench import machine
 from experiments.report import DIVERGED, Scores, report
-from experiments.texts import bleu_and_rouge, distinct_instructions, import_metrics, write_answers
 from model import Config, Tuner
 from plumbing.checkpoint import Diverged, RunFolder, load_checkpoint, load_into
 from plumbing.cli import Parser, at_least, pick_device, run
@@ -60,7 +59,6 @@ class Table(NamedTuple):
 
     options: str  # of train.py
     budget: int  # trained parameters
-    texts: bool = False  # whether texts are written, too, and scored by BLEU and ROUGE-L
 
 
 SMOLLM2 = "--init HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -68,7 +66,7 @@ STEPS = "--steps 300 --batch-size 8 --eval-every 100"
 TABLES = {
     "tiny": Table("--steps 800 --eval-every 200", 16_000),
     "p3": Table(f"{SMOLLM2} --data data/p3 --truncate --block-size 320 --val-rows 0 {STEPS}", 225_000),
-    "e2e": Table(f"{SMOLLM2} --data data/e2e {STEPS}", 225_000, texts=True),
+    "e2e": Table(f"{SMOLLM2} --data data/e2e {STEPS}", 225_000),
 }
 
 
@@ -225,22 +223,6 @@ def tuned(options: list[str], own: list[str], folder: str) -> Iterator[tuple[tra
             tuner.detach()
 
 
-def write_one(options: list[str], own: list[str], folder: str) -> dict[str, dict[str, float]]:
-    """Greedy answers to every different instruction of the test sets, and their BLEU and ROUGE-L; leaves texts.json."""
-    path = os.path.join(folder, "texts.json")
-    if done := finished(path, [*options, *own]):
-        return done["scores"]
-    texts, scores = {}, {}
-    with tuned(options, own, folder) as (session, tuner):
-        for name in session.tests:
-            rows, references = distinct_instructions(session.rows[name])
-            texts[name] = write_answers(session, rows, tuner)
-            scores[name] = bleu_and_rouge(texts[name], references)
-    os.makedirs(folder, exist_ok=True)
-    write_json(path, {"options": [*options, *own], "scores": scores, "texts": texts})
-    return scores
-
-
 def plain_examples(tokenizer: Tokenizer) -> list[Example]:
     """Up to 64 passages of English that no task asks about, of 64 tokens that are read and 128 that are predicted.
 
@@ -272,8 +254,6 @@ def start_process(threads: int):
 def measure(args: Namespace, name: str) -> dict:
     """A row of the table: a method's rate, runs and scores, or the frozen model's scores."""
     works = {} if args.validate_only else {"scores": score_one}
-    if works and TABLES[args.table].texts:
-        works["texts"] = write_one
     if name == "frozen":
         folder = os.path.join(args.out, "runs", name)
         return {"method": name} | {key: [work(args.options, [], folder)] for key, work in works.items()}
@@ -373,8 +353,6 @@ def parse(argv: list[str] | None = None) -> Namespace:
 def main(argv: list[str] | None = None):
     METHODS.update(ABLATIONS)  # here, and in the processes that do the work
     args = parse(argv)
-    if TABLES[args.table].texts and not args.validate_only:
-        import_metrics()  # before any work, and not after hours of it
     open_config(args)  # a model that has to be downloaded is so once, and not by each process
     os.makedirs(args.out, exist_ok=True)
     rows = rows_of_table(args)

@@ -4,7 +4,6 @@ The statistics are paired: two methods are compared on the same rows, and seeds 
 bootstrap, so an interval says what other rows and other seeds could have brought.
 """
 
-import statistics
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -103,7 +102,7 @@ def markdown(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
 
 
 def report(rows: list[dict], scores: Scores) -> Iterator[str]:
-    """Lines of Markdown: scores, differences to IAPT (without it, to the best method), the controls, the texts."""
+    """Lines of Markdown: scores, differences to IAPT (without it, to the best method), the controls."""
     tests, plain = scores.tests, ["plain text"] * bool(scores.get("frozen", "plain"))
     order = sorted((row for row in rows if "lr" in row), key=lambda row: scores.nats(row["method"], tests[0]))
     lines = (losses(row, scores) for row in [*order, {"method": "frozen", "trainable": 0}])
@@ -120,12 +119,6 @@ def report(rows: list[dict], scores: Scores) -> Iterator[str]:
         yield "\nDifferences of nats per token on the same rows, with 95 % intervals: above 0, the reference is better."
         yield "Seeds and rows are drawn again; in the lines below, seeds and tasks.\n"
         yield from markdown(["at inference", *tests], controls(names, scores))
-    if written := [row for row in rows if "texts" in row]:
-        columns = [(test, metric) for test in tests for metric in ("BLEU", "ROUGE-L")]
-        means = ([statistics.mean(seed[t][m] for seed in row["texts"]) for t, m in columns] for row in written)
-        cells = ([row["method"], *(f"{mean:.1f}" for mean in own)] for row, own in zip(written, means))
-        yield ""
-        yield from markdown(["texts", *map(": ".join, columns)], cells)
 
 
 def losses(row: dict, scores: Scores) -> list[str]:

@@ -1,7 +1,6 @@
 """The comparison of methods: equal sizes, what chooses a rate, what is saved, differences, controls."""
 
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -13,10 +12,9 @@ from conftest import SMALL, right_padded, shake, small_tuner
 import train
 from baselines import METHODS
 from data import TINY, load_splits
-from data.files import write_rows
 from data.scores import score_examples
 from data.tokenizer import pieces
-from experiments import ablations, compare, tasks, texts
+from experiments import ablations, compare, tasks
 from experiments.compare import ROWS, count, sized
 from experiments.report import Scores, difference, report
 from model import Config
@@ -249,29 +247,6 @@ def test_a_form_of_iapt_differs_from_it_in_one_thing_and_trains_all_that_it_has(
     assert not torch.allclose(model(idx, instr, tuner), model(idx, instr, shake(plain, 0.1)))
 
 
-def test_texts_are_written_once_for_an_instruction_and_compared_with_all_its_outputs(rows, tmp_path):
-    pytest.importorskip("sacrebleu", reason="BLEU wants sacrebleu")
-    pytest.importorskip("rouge_score", reason="ROUGE-L wants rouge-score")
-    folder = tmp_path / "rows"
-    os.makedirs(folder)
-    tiny = [{"instruction": f"say {x} .", "output": x} for x in ("cat", "dog", "sun")]
-    for name in ("train", "val"):
-        write_rows(str(folder / f"{name}.jsonl"), tiny)
-    write_rows(str(folder / "test.jsonl"), [*tiny, {"instruction": "say cat .", "output": "a cat"}])
-    compare.open_session.cache_clear()
-    options = [*SMALL, "--data", str(folder)]
-    scores = compare.write_one(options, [], str(tmp_path / "frozen"))
-    saved = read_json(str(tmp_path / "frozen" / "texts.json"))
-    assert len(saved["texts"]["test"]) == 3 and saved["scores"] == scores
-    assert compare.write_one(options, [], str(tmp_path / "frozen")) == scores
-    with pytest.raises(ValueError, match="is of a run with other options"):
-        compare.write_one([*options, "--truncate"], [], str(tmp_path / "frozen"))
-    four = "blue spice is a coffee shop ."
-    right = texts.bleu_and_rouge([four, four], [["another one", "Blue Spice is a coffee shop."], [four]])
-    assert right == pytest.approx({"BLEU": 100, "ROUGE-L": 100})
-    assert texts.bleu_and_rouge(["it is a pub ."], [[four]])["BLEU"] < 30
-
-
 def test_the_table_says_who_is_better_on_the_same_rows(tmp_path):
     arrays = {}
     for name, nats in (("frozen", 3.0), ("iapt", 1.0), ("constants", 1.5)):
@@ -281,10 +256,8 @@ def test_the_table_says_who_is_better_on_the_same_rows(tmp_path):
     arrays["iapt/0/test/swapped"] = np.full(50, 1.25)
     np.savez(tmp_path / "scores.npz", **arrays)
     rows = [{"method": name, "trainable": 5, "lr": 0.1} for name in ("iapt", "constants")]
-    rows.append({"method": "frozen", "texts": [{"test": {"BLEU": 1.0, "ROUGE-L": 2.0}}]})
     lines = list(report(rows, Scores(str(tmp_path / "scores.npz"))))
     assert any(line.startswith("| constants | +0.500 (+0.500 to +0.500)") for line in lines)
-    assert "| frozen | 1.0 | 2.0 |" in lines
     assert any(line.startswith("| iapt: another row's instruction | +0.250") for line in lines)
 
 
@@ -318,14 +291,6 @@ def test_a_wrong_option_is_named(argv, says, capsys):
     with pytest.raises(SystemExit) as e:
         compare.main(["tiny", *argv])
     assert e.value.code == 2 and says in capsys.readouterr().err
-
-
-def test_without_the_packages_of_the_metrics_nothing_begins(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    monkeypatch.setattr(compare, "rows_of_table", None)
-    with pytest.raises(ModuleNotFoundError, match="need sacrebleu: pip install sacrebleu rouge-score"):
-        compare.main(["e2e", "--out", str(tmp_path / "x")])
-    assert not os.path.exists(tmp_path / "x")
 
 
 def test_after_an_interruption_no_other_method_begins(tmp_path, monkeypatch):
