@@ -1,6 +1,5 @@
-"""Benchmarks: what the activation, a training step and answers cost.
+"""Benchmarks: what a training step and answers cost.
 
-    python -m experiments.bench rational        # the learned activation, beside GELU
     python -m experiments.bench step            # a training step of each method, beside those of peft
     python -m experiments.bench serve           # many tenants in one batch, method by method
     python -m experiments.bench generate        # answers, beside those of transformers and peft
@@ -39,7 +38,6 @@ from baselines import METHODS, build
 from baselines.hooks import Hooked
 from baselines.tenants import Tenants
 from experiments.report import markdown
-from iapt import Rational
 from model import NO_TUNER, Config, Decoder, Tuner
 from plumbing.cli import Parser, add_device_options, at_least, pick_device, run
 from plumbing.compiling import compile_parts, compiled_step
@@ -158,55 +156,6 @@ def report(args: Namespace, rows: list[dict]):
     write_json(f"{path}.json", {**about, "rows": rows}, indent=1)
     with replacing(f"{path}.md") as f:
         f.write("\n".join(lines) + "\n")
-
-
-# -- The activation ----------------------------------------------------------------------------------------------------
-
-
-class ExactRational(Rational):
-    """R(x / 4), straight from its definition: the gradients are autograd's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = sum(a * (x / 4) ** j for j, a in enumerate(self.a))
-        s = sum(b * (x / 4) ** i for i, b in enumerate(self.b, 1))
-        return n / (1 + s.abs())
-
-
-def activations() -> dict[str, nn.Module]:
-    """GELU and the learned activation by name, eager and compiled."""
-    # y x + c may be one instruction, as it always is on a GPU: faster, and one rounding in place of two.
-    settings = {"dynamic": False, "fullgraph": True, "options": {"cpp.enable_floating_point_contract_flag": "fast"}}
-    eager = {"GELU": nn.GELU(), "rational": Rational()}
-    return eager | {f"{name}, compiled": torch.compile(act, **settings) for name, act in eager.items()}
-
-
-def gradients(act: nn.Module, x: Tensor, g: Tensor) -> list[Tensor]:
-    """The gradients with respect to x and to the coefficients of act, given g, that with respect to act(x)."""
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(act(x), [x, *act.parameters()], g)
-
-
-def bench_rational(args: Namespace) -> Iterator[dict]:
-    """The learned activation beside GELU, forward and backward: time, memory, and error."""
-    for shape in ((64, 4, 256), (4096, 1024)):
-        x = torch.randn(shape, device=args.device, dtype=args.dtype)
-        g = torch.rand_like(x)  # of one sign, so that the largest gradients are not sums that cancel
-        _, *exact = gradients(ExactRational().to(x.device).double(), x.double(), g.double())
-        rivals = {name: act.to(x.device) for name, act in activations().items()}
-        # The fastest of three calls: the first may have to ask the system for memory that the last rival gave back.
-        calls = {name: timed(functools.partial(gradients, f, x, g), args.device, 3) for name, f in rivals.items()}
-        seconds = interleaved(calls, args.rounds, str(shape))
-        for name, act in rivals.items():
-            _, *computed = gradients(act, x, g)
-            errors = [((c - e).abs().max() / e.abs().max()).item() for c, e in zip(computed, exact)]
-            kept = kept_bytes(functools.partial(act, x.detach().requires_grad_()), act.parameters())
-            yield {
-                "shape": f"{shape} {str(x.dtype)[6:]}",
-                "forward and backward": name,
-                "time, of compiled GELU's": ratio(seconds, name, "GELU, compiled"),
-                "kept for backward, of x": f"{kept / x.nbytes:.2f}",
-                "error of the coefficients' gradients, of the largest": f"{max(errors):.1e}" if errors else "",
-            }
 
 
 # -- Models ------------------------------------------------------------------------------------------------------------
@@ -501,11 +450,10 @@ def parse(argv: list[str]) -> Namespace:
         add[name]("--rounds", type=at_least(1), help="rounds of timing (default: 15, on a GPU 5)")
         add[name]("--out", default="out/bench", help="folder for the table")
         add_device_options(command)
-        if name != "rational":
-            shapes = "gpt2-6x384,llama-6x288" if name == "step" else "llama-6x288"
-            add[name]("--shapes", type=among(SHAPES), default=shapes, help=f"random models: {', '.join(SHAPES)}")
-            add[name]("--init", help="a folder or a name on the hub, in place of --shapes")
-            add[name]("--rows", type=at_least(1), default=8, help="rows of a batch")
+        shapes = "gpt2-6x384,llama-6x288" if name == "step" else "llama-6x288"
+        add[name]("--shapes", type=among(SHAPES), default=shapes, help=f"random models: {', '.join(SHAPES)}")
+        add[name]("--init", help="a folder or a name on the hub, in place of --shapes")
+        add[name]("--rows", type=at_least(1), default=8, help="rows of a batch")
     step, serve, generate = add["step"], add["serve"], add["generate"]
     step("--tokens", type=at_least(2), default=128, help="tokens of a row")
     step("--methods", type=among(METHODS), default="iapt,ptuning2,lora,full", help="which of ours")
@@ -522,12 +470,11 @@ def parse(argv: list[str]) -> Namespace:
         option("--hub", action=BooleanOptionalAction, default=True, help="transformers and peft among the rivals")
     args = parser.parse_args(argv)
     args.argv = shlex.join(argv)
-    if args.command != "rational":
-        args.models = [args.init] if args.init else args.shapes
+    args.models = [args.init] if args.init else args.shapes
     return args
 
 
-BENCHMARKS = {"rational": bench_rational, "step": bench_step, "serve": bench_serve, "generate": bench_generate}
+BENCHMARKS = {"step": bench_step, "serve": bench_serve, "generate": bench_generate}
 
 
 def main(argv: list[str] | None = None):
@@ -538,12 +485,8 @@ def main(argv: list[str] | None = None):
         print("transformers or peft is not installed: ours alone")
         args.hub = False
     os.makedirs(args.out, exist_ok=True)  # a folder that cannot be written fails before the work
-    if args.command == "rational":
-        rows = list(bench_rational(args))
-    else:
-        benchmark = BENCHMARKS[args.command]
-        rows = [row for name in args.models for row in benchmark(args, name, our_model(name, args))]
-    report(args, rows)
+    benchmark = BENCHMARKS[args.command]
+    report(args, [row for name in args.models for row in benchmark(args, name, our_model(name, args))])
 
 
 if __name__ == "__main__":

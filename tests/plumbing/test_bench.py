@@ -138,22 +138,6 @@ def test_the_model_in_transformers_has_the_same_shape(arch, monkeypatch):
     assert torch.get_default_dtype() == torch.float32
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_the_compiled_activation_computes_what_the_eager_one_does(dtype, tolerance):
-    torch.manual_seed(0)
-    rivals = bench.activations()
-    x, g = (torch.randn(64, 32, dtype=dtype) for _ in range(2))
-    exact = bench.gradients(bench.ExactRational().double(), x.double(), g.double())
-    for name in ("rational", "rational, compiled"):
-        for a, b in zip(bench.gradients(rivals[name], x, g), exact, strict=True):
-            # A coefficient's gradient is a sum of 2,048 numbers of both signs: errors are measured by the largest.
-            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
-    act = rivals["rational, compiled"]
-    kept = bench.kept_bytes(lambda: act(x.detach().requires_grad_()), act.parameters())
-    assert x.nbytes <= kept < x.nbytes + 100  # x, and a few coefficients
-
-
 # -- Commands ----------------------------------------------------------------------------------------------------------
 
 
@@ -203,15 +187,6 @@ def test_a_compiled_step_is_measured_beside_the_plain_one(small, tmp_path):
     assert ours == ["ours: iapt", "ours: full, in fp32", "ours: iapt, compiled", "ours: full, in fp32, compiled"]
 
 
-@pytest.mark.slow
-def test_the_activation_is_measured(tmp_path):
-    status, text = run_in(bench, "rational", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path))
-    assert status == 0, text
-    errors = [row["error of the coefficients' gradients, of the largest"] for row in saved_rows(tmp_path, "rational")]
-    assert len(errors) == 2 * 4 and errors.count("") == 2 * 2
-    assert max(float(error) for error in errors if error) < 1e-5
-
-
 def test_a_model_of_a_folder_takes_the_place_of_a_shape():
     assert bench.parse(["generate", "--init", "tiny"]).models == ["tiny"]
     assert bench.parse(["generate"]).models == ["llama-6x288"]
@@ -223,7 +198,7 @@ def test_a_model_of_a_folder_takes_the_place_of_a_shape():
     [
         (["step", "--rows", "0"], "--rows: must be from 1"),
         (["serve", "--tenants", "2", "0"], "--tenants: must be from 1"),
-        (["rational", "--rounds", "0"], "--rounds: must be from 1"),
+        (["step", "--rounds", "0"], "--rounds: must be from 1"),
         (["step", "--shapes", "gpt2-124M,gpt3"], "there is no 'gpt3'. There are: gpt2-6x384"),
         (["step", "--methods", "lore"], "there is no 'lore'. There are: iapt, "),
         (["quality"], "invalid choice: 'quality'"),
