@@ -1,15 +1,11 @@
 """The frozen decoder, GPT-2 or LLaMA, and `Tuner`, what a method plugs into it.
 
-A map of this file, top to bottom:
+    Config, Soft, rotary, Attention, MLP, Block      the parts of a plain decoder, and soft tokens for its attention
+    Tuner                                            where a method may reach into it; the defaults do nothing
+    Cache                                            keys and values already computed
+    Decoder                                          hidden, or read, write, answer;  forward, prefill, step
 
-    Config       the sizes, and which of two variants each part has
-    Soft         the soft tokens of a layer: keys and values
-    rotary, Attention, attend, MLP, Block
-    Tuner        the places at which a method may reach into the decoder; the defaults do nothing
-    Cache        keys and values already computed, for decoding one token a step
-    Decoder      embed -> blocks -> norm -> head;  forward, prefill, step
-
-One thing is new beside a plain decoder: before each block, it asks the tuner for soft tokens to attend to, when a whole
+Beside a plain decoder, one thing is new: before each block it asks the tuner for soft tokens to attend to, when a whole
 sequence is read.  `step` writes one more token, and takes no tuner: by then they are entries of the cache.
 
 Letters for shapes, here and everywhere: B rows of a batch, T tokens, P soft tokens, C n_embd, H heads, G key/value
@@ -73,11 +69,11 @@ class Config:
 
 
 class Soft(NamedTuple):
-    """Soft tokens of a layer: P keys and values."""
+    """P soft tokens of a layer: keys and values, which have no rotary position."""
 
     k: Tensor  # (B, G, P, D)
     v: Tensor  # (B, G, P, D)
-    keep: Tensor | None = None  # (B, P), False on what a row lacks, if rows differ (tenants); None: all are there
+    keep: Tensor | None = None  # (B or 1, P), False on what a row lacks; None: every row has all of them
 
     def mask(self) -> Tensor:
         """`keep` for attention, spelled out: (B or 1, 1, 1, P)."""
@@ -86,16 +82,14 @@ class Soft(NamedTuple):
 
 
 class SoftTokens(NamedTuple):
-    """What a method adds to a layer: soft tokens in the words' softmax, and in a softmax of their own."""
+    """What a layer may look at beside the tokens: in the tokens' softmax, and in a softmax of its own."""
 
     joined: Soft | None = None
     separate: Soft | None = None
 
     def join(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The joined ones behind the keys and values (B, G, T, D) of tokens: two of (B, G, T + P, D)."""
-        if self.joined is None:
-            return k, v
-        return torch.cat((k, self.joined.k), 2), torch.cat((v, self.joined.v), 2)
+        """`joined` behind the keys and values (B, G, T, D) of tokens: two of (B, G, T + P, D)."""
+        return (k, v) if self.joined is None else (torch.cat((k, self.joined.k), 2), torch.cat((v, self.joined.v), 2))
 
 
 NO_SOFT = SoftTokens()
@@ -202,10 +196,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple | None, soft: SoftTokens = NO_SOFT, mask: Tensor | None = None
                 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """x (B, T, C) -> x (B, T, C) and its keys and values (B, G, T, D); mask (.., T, T + P), see `attention_mask`.
-
-        What is joined with the tokens may be soft tokens, or all that is in the cache.
-        """
+        """x (B, T, C) -> x (B, T, C) and its own keys and values (B, G, T, D); mask as of `attention_mask`."""
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
         x = x + self.attn.mix(q, *soft.join(k, v), mask, soft.separate)
         return x + self.mlp(self.ln_2(x)), k, v
@@ -283,7 +274,7 @@ class Tuner(nn.Module):
     def around_blocks(self, model: "Decoder", x: Tensor, rope: tuple | None, instr: Tensor | None,
                       cache: "Cache | None") -> Tensor:  # fmt: skip
         """Once a sequence: embeddings x (B, T, C) through the blocks.  Prompt tuning adds tokens here (embedded.py)."""
-        return model.blocks(x, rope, instr, self, cache)
+        return model.blocks(x, rope, lambda l, x: self.soft(model.h[l], l, x, instr), cache)
 
     def groups(self, lr: float) -> list[dict]:
         """Parameter groups for the optimizer, where some parameters want another rate than lr."""
@@ -299,7 +290,7 @@ class CachedLayer(NamedTuple):
     k: Tensor  # (B, G, S + P, D)
     v: Tensor  # (B, G, S + P, D)
     mask: Tensor  # (B, 1, 1, S + P), True where the next token may look
-    separate: Soft | None
+    separate: Soft | None = None
 
 
 class Cache:
@@ -311,33 +302,26 @@ class Cache:
 
     def __init__(self, length: Tensor, room: int = 0):
         self.room, self.layers = room, []
-        self.states = []  # what entered each layer, (B, T, C), if the frozen model alone has read: for `Tuner.write`
         self.at, self.pos = length.clone(), length.clone()  # (B,): where a row's next token goes, and its position
+        self.states = []  # (B, T, C), what entered each layer: what `Decoder.read` leaves for `Tuner.write`
 
-    def append(self, k: Tensor, v: Tensor, soft: SoftTokens):
-        """Add a layer's keys and values (B, G, T, D), and its soft tokens."""
+    def append(self, k: Tensor, v: Tensor):
+        """Add a layer's keys and values (B, G, T, D)."""
         k, v = F.pad(k, (0, 0, 0, self.room)), F.pad(v, (0, 0, 0, self.room))
         mask = torch.arange(k.shape[2], device=k.device) < self.at[:, None]
-        self.layers.append(CachedLayer(k, v, mask[:, None, None], None))
-        self.add_soft(len(self.layers) - 1, soft)
+        self.layers.append(CachedLayer(k, v, mask[:, None, None]))
 
-    def add_soft(self, l: int, soft: SoftTokens):
-        """Add soft tokens to a layer."""
+    def add(self, l: int, soft: SoftTokens):
+        """Add soft tokens to layer l."""
         k, v, mask, _ = self.layers[l]
         if soft.joined is not None:
             mask = torch.cat((mask, soft.joined.mask().expand(len(mask), -1, -1, -1)), -1)
         self.layers[l] = CachedLayer(*soft.join(k, v), mask, soft.separate)
 
-    def select_rows(self, rows: Tensor):
-        """Go on with the rows of these indices, in this order; a row may occur several times."""
-
-        def select(x):
-            if isinstance(x, tuple):
-                return type(x)(*map(select, x))
-            return None if x is None else x[rows]
-
-        self.layers = [select(layer) for layer in self.layers]
-        self.at, self.pos = self.at[rows], self.pos[rows]
+    def seen_by(self, l: int, x: Tensor) -> SoftTokens:
+        """All of layer l, for tokens x (B, T, C) that follow; a cache of one row does for B."""
+        k, v, mask, separate = self.layers[l]
+        return SoftTokens(Soft(k.expand(len(x), -1, -1, -1), v.expand(len(x), -1, -1, -1), mask[:, 0, 0]), separate)
 
 
 class Decoder(nn.Module):
@@ -352,12 +336,6 @@ class Decoder(nn.Module):
         self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = norm(c)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.dim() == 2:  # what adds to the residual stream starts smaller, as in GPT-2
-                residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
-                nn.init.normal_(p, std=0.02 / (2 * c.n_layer) ** 0.5 if residual else 0.02)
         if c.tied:
             self.head.weight = self.wte.weight
 
@@ -372,97 +350,80 @@ class Decoder(nn.Module):
 
         needed (B, T): where they will be used; elsewhere they may be anything.
         """
-        T, limit = idx.shape[1], self.config.block_size
+        T, limit, tuner = idx.shape[1], self.config.block_size, tuner or NO_TUNER
         if T > limit:
             raise ValueError(f"this model wants at most {limit} tokens, got {T} (--block-size, or shorten the prompt)")
-        if tuner is not None and instr is None:
+        if tuner is not NO_TUNER and instr is None:
             raise ValueError("a tuner needs instr (B, T), True on the instruction's tokens: it got None")
-        tuner = tuner or NO_TUNER
         if tuner.act == "answer":
             return self.read_write_answer(idx, instr, tuner, needed)
-        # Tokens become vectors, ...
         x, rope = self.embed(idx, torch.arange(T, device=idx.device))
-        # ... which go through the blocks, among a method's own vectors if it has any, ...
-        x = tuner.around_blocks(self, x, rope, instr, cache)
-        # ... and are normed for the head.
-        return self.ln_f(x)
+        return self.ln_f(tuner.around_blocks(self, x, rope, instr, cache))
 
-    def blocks(self, x: Tensor, rope: tuple | None, instr: Tensor | None, tuner: Tuner, cache: Cache | None) -> Tensor:
-        """x (B, T, C) through all blocks.  The tuner sees what enters a block, and says what it may look at, too."""
+    def blocks(self, x: Tensor, rope: tuple | None, soft: Callable[[int, Tensor], SoftTokens],
+               cache: Cache | None = None) -> Tensor:  # fmt: skip
+        """x (B, T, C) through all blocks.  soft(l, x): what layer l, which x enters, may look at beside x."""
 
         def layer(l: int, x: Tensor) -> Tensor:
-            soft = tuner.soft(self.h[l], l, x, instr)
-            x, k, v = self.h[l](x, rope, soft, attention_mask(x.shape[1], soft.joined))
-            if cache is not None:
-                cache.append(k, v, soft)
+            more = soft(l, x)
+            x, k, v = self.h[l](x, rope, more, attention_mask(x.shape[1], more.joined))
+            if cache is not None:  # never with checkpointing, which would do it twice
+                cache.append(k, v)
+                cache.add(l, more)
             return x
 
-        return self.through_layers(layer, x)
-
-    def through_layers(self, layer: Callable[[int, Tensor], Tensor], x: Tensor) -> Tensor:
-        """layer(L - 1, .. layer(1, layer(0, x)))."""
         recompute = self.checkpointing and torch.is_grad_enabled()
         for l in range(len(self.h)):
             x = checkpoint(layer, l, x, use_reentrant=False) if recompute else layer(l, x)
         return x
 
-    # -- Read, write, answer: for a tuner that acts on the answer alone
-
     def read_write_answer(self, idx: Tensor, instr: Tensor, tuner: Tuner, needed: Tensor | None) -> Tensor:
-        """`hidden`: the frozen model reads, the tuner writes soft tokens, the prompt's last token and what follows act.
+        """`hidden`, for a tuner that acts on the answer alone, from the prompt's last token on.
 
-        Only the last of the three has a gradient with respect to hidden states, and it has the answer's tokens alone.
+        The states before that are the frozen model's.  Only the answer's tokens have a gradient.
         """
-        B, width = idx.shape
-        length, place = instr.sum(1), torch.arange(width, device=idx.device)
+        length, place = instr.sum(1), torch.arange(idx.shape[1], device=idx.device)
         end = place[-1:] + 1 if needed is None else (needed * (place + 1)).amax(1)
         longest, n = torch.stack((length.max(), (end - length).max() + 1)).clamp(1).tolist()
-        with tuner.silent():
-            x, cache = self.read(idx[:, :longest], length)
-        for l, soft in enumerate(tuner.write(self, cache.states, instr[:, :longest])):
-            cache.add_soft(l, soft)
+        x, cache = self.read(idx[:, :longest], length, tuner)
         at = cache.pos[:, None] + torch.arange(n, device=idx.device)  # (B, n)
-        more = max(0, longest - 1 + n - width)  # a row with a long prompt may have padding alone behind it
-        y = self.answer(F.pad(idx, (0, more)).gather(1, at), cache)
-        x = F.pad(x, (0, 0, 0, width + more - longest))
-        return x.scatter(1, at[..., None].expand(-1, -1, x.shape[2]), y)[:, :width]
+        idx = F.pad(idx, (0, n))  # behind a row with a long prompt there may not be n tokens
+        y = self.answer(idx.gather(1, at), cache)
+        x = F.pad(x, (0, 0, 0, idx.shape[1] - longest))
+        return x.scatter(1, at[..., None].expand(-1, -1, x.shape[2]), y)[:, : len(place)]
 
-    @torch.no_grad()
-    def read(self, idx: Tensor, length: Tensor, room: int = 0, past: Cache | None = None) -> tuple[Tensor, Cache]:
-        """Right-padded prompts idx (B, T) of `length` (B,) tokens -> hidden states (B, T, C), and a Cache with states.
+    def read(self, idx: Tensor, length: Tensor, tuner: Tuner = NO_TUNER, room: int = 0, past: Cache | None = None
+             ) -> tuple[Tensor, Cache]:  # fmt: skip
+        """The frozen model reads right-padded prompts idx (B, T) of `length` (B,) tokens; the tuner writes.
 
-        It ends before the last token of each prompt, which is the first that `answer` or `step` takes.  Prompts go on
-        from `past`, what one row without padding has left here, if it is given.
+        Returns hidden states (B, T, C), and a Cache that ends before each prompt's last token, the first one that
+        `answer` or `step` takes.  past: what the prompts go on from, read before as one row without padding.
         """
-        B, T = idx.shape
-        S = past.states[0].shape[1] if past else 0
-        cache = Cache(S + length - 1, room)
-        x, rope = self.embed(idx, torch.arange(S, S + T, device=idx.device))
-        for l, block in enumerate(self.h):
-            cache.states.append(x)
-            before = Soft(*(a[:, :, :S].expand(B, -1, -1, -1) for a in past.layers[l][:2])) if past else None
-            x, k, v = block(x, rope, SoftTokens(before), attention_mask(T, before))
-            if past:
-                k, v = torch.cat((before.k, k), 2), torch.cat((before.v, v), 2)
-                cache.states[l] = torch.cat((past.states[l].expand(B, -1, -1), cache.states[l]), 1)
-            cache.append(k, v, NO_SOFT)
-        return self.ln_f(x), cache
+        cache, place = Cache(length - 1, room), torch.arange(idx.shape[1], device=idx.device)
+        instr = place < length[:, None]
+        with tuner.silent(), torch.no_grad():
+            x, rope = self.embed(idx, place if past is None else past.pos + place)
+
+            def look(l: int, x: Tensor) -> SoftTokens:
+                cache.states.append(x if past is None else torch.cat((past.states[l].expand(len(x), -1, -1), x), 1))
+                return NO_SOFT if past is None else past.seen_by(l, x)
+
+            x = self.ln_f(self.blocks(x, rope, look, cache))
+        if past is not None:
+            cache.pos += past.pos
+            instr = F.pad(instr, (past.states[0].shape[1], 0), value=True)
+        for l, soft in enumerate(tuner.write(self, cache.states, instr)):
+            cache.add(l, soft)
+        return x, cache
 
     def answer(self, idx: Tensor, cache: Cache) -> Tensor:
         """The last hidden states of tokens idx (B, T) that follow what is in the cache: T steps at once.
 
         With a gradient, and without writing into the cache.
         """
-        T = idx.shape[1]
-        pos = cache.pos[:, None] + torch.arange(T, device=idx.device)
+        pos = cache.pos[:, None] + torch.arange(idx.shape[1], device=idx.device)
         x, rope = self.embed(idx, pos.clamp(max=self.config.block_size - 1))  # padding may go beyond
-
-        def layer(l: int, x: Tensor) -> Tensor:
-            k, v, mask, separate = cache.layers[l]
-            past = Soft(k, v, mask[:, 0, 0])
-            return self.h[l](x, rope, SoftTokens(past, separate), attention_mask(T, past))[0]
-
-        return self.ln_f(self.through_layers(layer, x))
+        return self.ln_f(self.blocks(x, rope, cache.seen_by))
 
     def forward(self, idx: Tensor, instr: Tensor | None = None, tuner: Tuner | None = None,
                 targets: Tensor | None = None) -> Tensor:  # fmt: skip
@@ -478,23 +439,11 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def prefill(self, idx: Tensor, length: Tensor, tuner: Tuner | None = None, room: int = 0, past: Cache | None = None
                 ) -> tuple[Tensor, Cache]:  # fmt: skip
-        """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next one, and a Cache.
-
-        For a tuner that acts on the answer alone, what all rows begin with is read once; or it is `past`, see `read`.
-        """
+        """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next one, and a Cache."""
         rows = torch.arange(len(idx), device=idx.device)
-        last = idx[rows, length - 1]
         if tuner is not None and tuner.act == "answer":
-            with tuner.silent():
-                n = 0 if past else common_prefix(idx, length)
-                if n >= 16:
-                    _, past = self.read(idx[:1, :n], length[:1] * 0 + n)
-                    idx, length = idx[:, n:], length - n
-                _, cache = self.read(idx, length, room, past)
-            instr = torch.arange(cache.states[0].shape[1], device=idx.device) <= cache.pos[:, None]
-            for l, soft in enumerate(tuner.write(self, cache.states, instr)):
-                cache.add_soft(l, soft)
-            return self.step(last, cache), cache
+            _, cache = self.read(idx, length, tuner, room, past)
+            return self.step(idx[rows, length - 1], cache), cache
         instr = torch.arange(idx.shape[1], device=idx.device) < length[:, None]  # all of a prompt is instruction
         cache = Cache(length, room)
         x = self.hidden(idx, instr, tuner, cache)
@@ -509,9 +458,3 @@ class Decoder(nn.Module):
         cache.at += 1
         cache.pos += 1
         return self.head(self.ln_f(x))[:, 0]
-
-
-def common_prefix(idx: Tensor, length: Tensor) -> int:
-    """How many tokens all rows of idx (B, T) begin with; 0 for one row, and less than the shortest `length` (B,)."""
-    same = (idx == idx[:1]).all(0).long().cumprod(0).sum().item()
-    return min(same, length.min().item() - 1) if len(idx) > 1 else 0

@@ -6,7 +6,7 @@
     python sample.py out/iapt "the past of go ?" --explain                          # what each soft token reads
     python sample.py --tenant out/iapt "the past of go ?" --tenant out/lora "the plural of mouse ?"     # one batch
 
-A map of this file: open_model, open_runs; generate, with sample_token and beam_search; answer; main.
+A map of this file: open_model, open_runs; generate, with sample_token; answer; main.
 """
 
 import os
@@ -25,6 +25,7 @@ from data.template import Template, make_template
 from data.tokenizer import Tokenizer
 from iapt import IAPT, PaperIAPT
 from model import Cache, Decoder, Tuner
+from plumbing.beams import beam_search
 from plumbing.checkpoint import load_checkpoint, load_into
 from plumbing.cli import Parser, UsageError, add_device_options, at_least, pick_device, run
 from plumbing.compiling import compiled_step
@@ -151,45 +152,6 @@ def sample_token(
         drop[:, top_k:] = True
     drop[:, 0] = False
     return order.gather(1, torch.multinomial(probs.masked_fill(drop, 0), 1, generator=generator))[:, 0]
-
-
-def beam_search(
-    step: Callable, logits: Tensor, cache: Cache, K: int, max_new: int, stop: int | None, length_penalty: float
-) -> list[list[int]]:
-    """Beam search from `prefill`'s logits (B, V) and cache: the new tokens, a list per row.
-
-    Each row keeps the K hypotheses with the highest  log p(tokens) / n^length_penalty,  n their number with the stop.
-    A hypothesis that has stopped stays as it is, and competes with those that go on.
-    """
-    (B, V), device = logits.shape, logits.device
-    first = torch.arange(B, device=device)[:, None] * K  # a row's hypotheses are neighbours
-    cache.select_rows(torch.arange(B, device=device).repeat_interleave(K))
-    logits = logits.repeat_interleave(K, 0)
-    score = torch.full((B, K), float("-inf"), device=device)  # log p; at first there is one hypothesis, the empty one
-    score[:, 0] = 0
-    done = torch.zeros(B, K, dtype=torch.bool, device=device)
-    n = torch.zeros(B, K, device=device)
-    tokens = torch.empty(B, K, 0, dtype=torch.long, device=device)
-    stay = torch.full((V,), float("-inf"), device=device)
-    stay[0] = 0  # the one continuation of a hypothesis that has stopped
-    for i in range(max_new):
-        log_p = logits.float().log_softmax(-1).unflatten(0, (B, K))
-        log_p = torch.where(done[..., None], stay, log_p)  # (B, K, V)
-        n = n + ~done
-        rank = (score[..., None] + log_p) / n[..., None] ** length_penalty
-        best = rank.flatten(1).topk(K).indices  # (B, K)
-        beam, new = best // V, best % V
-        score = (score[..., None] + log_p).flatten(1).gather(1, best)
-        done, n = done.gather(1, beam), n.gather(1, beam)
-        tokens = tokens.gather(1, beam[..., None].expand(-1, -1, i))
-        tokens = torch.cat((tokens, new.masked_fill(done, -1)[..., None]), 2)
-        if stop is not None:
-            done = done | (new == stop)
-        if done.all() or i == max_new - 1:
-            break
-        cache.select_rows((first + beam).flatten())
-        logits = step(new.flatten(), cache)
-    return [[t for t in row if t not in (-1, stop)] for row in tokens[:, 0].tolist()]
 
 
 def answer(

@@ -34,7 +34,7 @@ class EmbeddedTuner(Tuner):
     ) -> Tensor:
         embedded = self.embed(x, instr)
         if embedded is None:
-            return model.blocks(x, rope, instr, self, cache)
+            return super().around_blocks(model, x, rope, instr, cache)
         T = x.shape[1]
         x, at, n = embedded
         real = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device).scatter(1, at, 1)
@@ -43,6 +43,6 @@ class EmbeddedTuner(Tuner):
             rope = rotary(model.config, real.cumsum(1) - real)
         if cache is not None:
             cache.at += n  # they take up room, but no positions
-        x = model.blocks(x, rope, instr, self, cache)
+        x = super().around_blocks(model, x, rope, instr, cache)
         before_next = torch.cat((at[:, 1:], T + n[:, None]), 1) - 1
         return x.gather(1, before_next[..., None].expand(-1, -1, x.shape[2]))

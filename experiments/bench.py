@@ -234,7 +234,7 @@ class Floor(Tuner):
         self.zero = nn.Parameter(torch.zeros(config.n_embd))
 
     def around_blocks(self, model: Decoder, x: Tensor, rope: tuple | None, instr: Tensor, cache: None) -> Tensor:
-        return model.blocks(x + self.zero.to(x.dtype), rope, instr, self, cache)
+        return super().around_blocks(model, x + self.zero.to(x.dtype), rope, instr, cache)
 
 
 def training_loss(model: Decoder, tuner: Tuner, idx: Tensor, targets: Tensor, instr: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from conftest import right_padded, shared, small_model, small_tuner
 from baselines.embedded import Embedded, EmbeddedTuner
 from data import Tokenizer
 from model import Config, Soft, Tuner, attention_mask, rotary
+from plumbing.beams import beam_search
 from plumbing.compiling import compiled_step
 from plumbing.head_loss import HeadLoss, head_loss
 from plumbing.pretrained import load_pretrained
-from sample import beam_search, generate, sample_token
+from sample import generate, sample_token
 
 # -- The decoder -------------------------------------------------------------------------------------------------------
 
