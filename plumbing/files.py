@@ -48,6 +48,11 @@ def write_json(path: str, content: object, indent: int | None = None):
         f.write("\n")
 
 
+def read_lists(path: str) -> dict[str, list[str]]:
+    """{name: lines} of a text file of lists.  Each is its name, its lines, and an empty line before the next one."""
+    return {name: lines for name, *lines in map(str.splitlines, read_text(path).split("\n\n"))}
+
+
 def refuse_lfs_pointer(path: str):
     """Raise ValueError for a Git LFS pointer, the three lines that a clone without git-lfs has for a large file."""
     with open(path, "rb") as f:
