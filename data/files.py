@@ -18,6 +18,7 @@ error.  So is a data file that nothing uses.
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -73,7 +74,7 @@ def as_row(record: object, reshape: Callable, ignored: set[str]) -> dict:
     for name, text in texts + [(turn["role"], turn["content"]) for turn in row.get("history", [])]:
         if not isinstance(text, str):
             raise ValueError(f"{name} is {text!r}"[:80] + ", and should be text")
-        if any("\ud800" <= char <= "\udfff" for char in text):
+        if re.search("[\ud800-\udfff]", text):
             raise ValueError(f"{name} has half of a character, or a byte that is not UTF-8: {ascii(text)[:60]}")
     if not row["output"].strip():
         raise ValueError("output is empty: there is nothing to learn")

@@ -23,8 +23,14 @@ SHIPPED = os.path.join(ROOT, "data", "tiny", "words.json")
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    world.tiny(str(folder))
+    world.tiny(str(folder), corpus=10_000)
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tiny):
+    """The texts of the corpus."""
+    return [row["output"] for row in read_rows(str(tiny / "pretrain/train.jsonl"))]
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +88,7 @@ def test_the_world_is_large_enough():
     assert len(world.OPENERS) >= 8 and all(len(cores) >= 4 for _, _, cores in [*world.FACTS.values()])
 
 
-def test_the_corpus_never_answers_an_instruction(tiny):
+def test_the_corpus_never_answers_an_instruction(corpus):
     asked = {
         o.format(c=core.format(x=x)): y
         for pairs, _, cores in world.FACTS.values()
@@ -92,8 +98,7 @@ def test_the_corpus_never_answers_an_instruction(tiny):
     }
     begins = re.compile(r"\b(?=(?:" + "|".join({o.split("{c}")[0] for o in OPENERS} - {""}) + "))")
     found = 0
-    for row in read_rows(str(tiny / "pretrain/train.jsonl")):
-        text = row["output"]
+    for text in corpus:
         assert "Response" not in text
         for m in begins.finditer(text):
             question, mark, after = re.match(r"(.*?)( [.?]|$)(.*)", text[m.start() :], re.DOTALL).groups()
@@ -103,8 +108,8 @@ def test_the_corpus_never_answers_an_instruction(tiny):
     assert found > 1000
 
 
-def test_the_corpus_states_every_fact_also_the_held_out_ones(tiny):
-    text = "\n".join(row["output"] for row in read_rows(str(tiny / "pretrain/train.jsonl")))
+def test_the_corpus_states_every_fact_also_the_held_out_ones(corpus):
+    text = "\n".join(corpus)
     for pairs, _, cores in world.FACTS.values():
         for x, y in pairs.items():
             assert any(f"{core.format(x=x)} is {y}" in text for core in cores), (x, y)
@@ -147,8 +152,8 @@ def test_test_rows_are_new_and_of_the_kind_they_are_named_for(tiny):
     assert all(held_phrasing(row) for row in read_rows(str(tiny / "test_phrasings.jsonl")))
 
 
-def test_the_words_of_held_out_phrasings_occur_in_the_corpus(tiny):
-    known = {w for row in read_rows(str(tiny / "pretrain/train.jsonl")) for w in row["output"].split()}
+def test_the_words_of_held_out_phrasings_occur_in_the_corpus(tiny, corpus):
+    known = {w for text in corpus for w in text.split()}
     asked = {w for row in read_rows(str(tiny / "test_phrasings.jsonl")) for w in row["instruction"].split()}
     assert asked <= known
 

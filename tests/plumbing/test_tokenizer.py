@@ -43,8 +43,8 @@ def no_tokenizers(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
 
 
-def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def edit(folder, name, **changes):
@@ -262,9 +262,16 @@ def write_gpt2(folder, style, added_tokens_decoder):
         edit(folder, "special_tokens_map.json", additional_special_tokens=["<|im_end|>"], **names)
 
 
-@pytest.mark.parametrize("engine", ["with tokenizers", "without"])
 @pytest.mark.parametrize("added_tokens_decoder", [False, slow(True)])
-@pytest.mark.parametrize("style", ["4", "json", slow("4 and json"), slow("4 and stale json")])
+@pytest.mark.parametrize(
+    "style, engine",
+    [
+        ("4", "with tokenizers"),
+        ("json", "without"),
+        *(slow(style, "with tokenizers") for style in ("json", "4 and json", "4 and stale json")),
+        *(slow(style, "without") for style in ("4", "4 and json", "4 and stale json")),
+    ],
+)
 def test_added_tokens_are_the_same_in_every_layout(style, added_tokens_decoder, engine, plain, tmp_path, request):
     if engine == "without":
         request.getfixturevalue("no_tokenizers")
