@@ -140,12 +140,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        examples: list[Example],
-        size: int,
-        seed: int,
-        block_size: int,
-        device: str | torch.device = "cpu",
+        self, examples: list[Example], size: int, seed: int, block_size: int, device: str | torch.device = "cpu"
     ):
         self.examples = examples
         self.size = min(size, len(examples))

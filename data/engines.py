@@ -61,7 +61,6 @@ class TiktokenEngine:
         self.size = max(self.spelling) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
         ids = []
         start = 0
         for match in self.added_names.finditer(text):
@@ -75,11 +74,9 @@ class TiktokenEngine:
         return [self.ids[rank] for rank in ranks] if self.ids else ranks
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> text."""
         return b"".join(self.spelling.get(i, b"") for i in ids).decode("utf-8", errors="replace")
 
     def id_of(self, name: str) -> int | None:
-        """The id of a token by its name, or None."""
         spelling = name.encode("utf-8")
         return next((i for i, token in self.spelling.items() if token == spelling), None)
 
@@ -121,7 +118,6 @@ class HubEngine:
         return self.hub.encode(text, add_special_tokens=False).ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
         if self.adds_space and text.startswith(" "):
             # SentencePiece puts a space before a text, but ours may go on from another: " lima" after "Response:".
             ids = self._ids("\n" + text)
@@ -130,11 +126,9 @@ class HubEngine:
         return self._ids(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> text."""
         return self.hub.decode(ids, skip_special_tokens=False)
 
     def id_of(self, name: str) -> int | None:
-        """The id of a token by its name, or None."""
         return self.hub.token_to_id(name)
 
 

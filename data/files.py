@@ -319,11 +319,6 @@ def split_name(name: str) -> str | None:
     return SPLITS.get(stem, stem if stem.startswith("test_") else None)
 
 
-def is_split_file(name: str) -> bool:
-    """Whether a file of a data set's folder, by its name, holds one of its splits."""
-    return split_name(name) is not None
-
-
 def looks_like_data(name: str) -> bool:
     """Whether a file's name is that of data: by its extension, or because it is called train, validation, ..."""
     first, extension = name.lower().split(".")[0], os.path.splitext(name.lower())[1]

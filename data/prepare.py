@@ -29,15 +29,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from data import PLAIN, TINY, Template, Tokenizer, encode, label_words, load_splits, make_template, p3, template, world
-from data.files import (
-    as_text,
-    column_names,
-    fill_missing_splits,
-    from_known_format,
-    is_split_file,
-    read_rows,
-    write_rows,
-)
+from data.files import as_text, column_names, fill_missing_splits, from_known_format, read_rows, split_name, write_rows
 from plumbing import hub
 from plumbing.cli import Parser, UsageError, run
 from plumbing.files import read_json, replacing, write_json
@@ -334,7 +326,7 @@ def refuse_other_data(args: Namespace):
     """Raise ValueError if --out holds a data set of another origin: it would be lost, or mixed with this one."""
     marker = os.path.join(args.out, "prepared.json")
     is_ours = args.out == TINY or os.path.exists(marker) and read_json(marker) == {"from": origin(args)}
-    names = [name for name in os.listdir(args.out) if is_split_file(name)] if os.path.isdir(args.out) else []
+    names = [name for name in os.listdir(args.out) if split_name(name)] if os.path.isdir(args.out) else []
     if names and not is_ours:
         raise ValueError(f"{os.path.join(args.out, names[0])} is of another data set: name another folder with --out")
 

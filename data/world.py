@@ -82,13 +82,16 @@ HELD_ENTITIES = {task: held_out(pairs, f"entities {task}") for task, (pairs, _, 
 HELD_WORDS = held_out(LIST_WORDS, "words")  # no training row has a list with one of these; the corpus has
 
 
-def words(rng: Random, vocabulary: list[str], shortest: int = 2, longest: int = 5) -> list[str]:
-    """A list of different words."""
-    return rng.sample(vocabulary, rng.randint(shortest, longest))
+def ask(rng: Random, task: str, forms: list[str], held_phrasing: bool, x: str, noun: str, answer: str) -> dict:
+    """One instruction row; half of them keep {x} in `input`, as Alpaca's do.
 
-
-def ask(rng: Random, core: str, x: str, noun: str, openers: list[str], task: str, answer: str) -> dict:
-    """One instruction row; half of them keep {x} in `input`, as Alpaca's do."""
+    Training uses all cores but the last, with OPENERS.  held_phrasing: the last core, or HELD_OPENERS.
+    """
+    core, openers = rng.choice(forms[:-1]), OPENERS
+    if held_phrasing and rng.random() < 0.5:
+        openers = HELD_OPENERS
+    elif held_phrasing:
+        core = forms[-1]
     in_input = rng.random() < 0.5
     instruction = rng.choice(openers).format(c=core.format(x=noun if in_input else x))
     return {"instruction": instruction, "input": x if in_input else "", "output": answer, "task": task}
@@ -98,52 +101,34 @@ def fact_row(rng: Random, task: str, held_entity: bool = False, held_phrasing: b
     """An instruction about a fact.  held_entity, held_phrasing: about one, or in a way, that training leaves out."""
     pairs, noun, forms = FACTS[task]
     x = rng.choice(sorted(x for x in pairs if (x in HELD_ENTITIES[task]) == held_entity))
-    core, openers = phrasing(rng, forms, held_phrasing)
-    return ask(rng, core, x, noun, openers, task, pairs[x])
+    return ask(rng, task, forms, held_phrasing, x, noun, pairs[x])
 
 
 def skill_row(rng: Random, task: str, held_entity: bool = False, held_phrasing: bool = False) -> dict:
     """An instruction about a list of words.  held_entity: with words that no training list has."""
     change, forms = SKILLS[task]
     known = sorted(set(LIST_WORDS) - HELD_WORDS)
-    x = words(rng, known)
+    x = rng.sample(known, rng.randint(2, 5))
     if held_entity:  # at least one such word, anywhere in the list
         new = rng.sample(sorted(HELD_WORDS), rng.randint(1, len(x)))
         x = rng.sample(new + rng.sample(known, len(x) - len(new)), len(x))
-    core, openers = phrasing(rng, forms, held_phrasing)
-    return ask(rng, core, " ".join(x), "these words", openers, task, " ".join(change(x)))
-
-
-def phrasing(rng: Random, forms: list[str], held: bool) -> tuple[str, list[str]]:
-    """(core, openers).  Training uses all cores but the last, with OPENERS.  held: the last core, or HELD_OPENERS."""
-    core = rng.choice(forms[:-1])
-    if not held:
-        return core, OPENERS
-    if rng.random() < 0.5:
-        return core, HELD_OPENERS
-    return forms[-1], OPENERS
+    return ask(rng, task, forms, held_phrasing, " ".join(x), "these words", " ".join(change(x)))
 
 
 def instructions(seed: str, size: int, avoid: list[dict] | tuple = (), **held: bool) -> list[dict]:
     """`size` different rows, one task after another, none of them among `avoid`."""
     rng = random.Random(seed)
-    seen = {key(row) for row in avoid}
+    seen = {template(row) for row in avoid}
     rows = []
     tasks = [(fact_row, task) for task in FACTS] + [(skill_row, task) for task in SKILLS]
     while len(rows) < size:
         make, task = tasks[len(rows) % len(tasks)]
         row = make(rng, task, **held)
-        while key(row) in seen:
-            row = make(rng, task, **held)
-        seen.add(key(row))
-        rows.append(row)
+        if template(row) not in seen:
+            seen.add(template(row))
+            rows.append(row)
     rng.shuffle(rows)
     return rows
-
-
-def key(row: dict) -> tuple[str, str]:
-    """What makes two rows the same question."""
-    return row["instruction"], row["input"]
 
 
 # -- The corpus: statements, and instructions without answers ----------------------------------------------------------
@@ -161,9 +146,8 @@ def fact_or_list(rng: Random, task: str) -> dict:
     else:
         change, forms = SKILLS[task]
         noun = "these words"
-        listed = words(rng, LIST_WORDS)
-        x = " ".join(listed)
-        y = " ".join(change(listed))
+        words = rng.sample(LIST_WORDS, rng.randint(2, 5))
+        x, y = " ".join(words), " ".join(change(words))
     core = rng.choice(forms)
     return {"core": core.format(x=x), "this": core.format(x=noun), "x": x, "y": y}
 
@@ -201,8 +185,8 @@ def completion(rng: Random, task: str) -> dict:
     return {"prompt": f" {other} . {start}", "output": fields["y"], "end": False, "task": task}
 
 
-def tiny(folder: str, corpus: int = 40_000) -> dict[str, int]:
-    """Write the data set `tiny` into a folder, with `corpus` documents.  Returns {file: number of rows}."""
+def tiny(folder: str, corpus: int = 40_000):
+    """Write the data set `tiny` into a folder, with `corpus` documents."""
     rng = random.Random("corpus")
     train = instructions("train", 6400)
     test = instructions("test", 640, avoid=train)
@@ -227,4 +211,3 @@ def tiny(folder: str, corpus: int = 40_000) -> dict[str, int]:
         write_rows(os.path.join(folder, f"{name}.jsonl"), rows)
     with replacing(vocabulary) as f:
         json.dump(pieces(text), f, ensure_ascii=False, indent=0)
-    return {name: len(rows) for name, rows in files.items()}
