@@ -35,9 +35,9 @@ def secret_name(i: int) -> str:
 
 
 def any_of(names: Iterable[str]) -> re.Pattern:
-    """A pattern that finds these names, the longest first; nothing, if there are none."""
+    """A pattern that finds these names, the longest first, as a group; nothing, if there are none."""
     longest_first = sorted(names, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 class TiktokenEngine:
@@ -62,12 +62,9 @@ class TiktokenEngine:
 
     def encode(self, text: str) -> list[int]:
         ids = []
-        start = 0
-        for match in self.added_names.finditer(text):
-            ids += self._merge(text[start : match.start()])
-            ids.append(self.added[match[0]])
-            start = match.end()
-        return ids + self._merge(text[start:])
+        for i, part in enumerate(self.added_names.split(text)):  # every second one is a name
+            ids += [self.added[part]] if i % 2 else self._merge(part)
+        return ids
 
     def _merge(self, text):
         ranks = self.encoding.encode_ordinary(text)
@@ -166,9 +163,7 @@ def ordinary_tokens(model: dict) -> set[str]:
     If a file calls one of them special ("!" as padding, a line's end as the end), it is text all the same.
     """
     if "merges" in model:
-        tokens = {left + right for left, right in pairs_of(model)} | {
-            token for token in model["vocab"] if len(token) == 1
-        }
+        tokens = {*map("".join, pairs_of(model)), *(token for token in model["vocab"] if len(token) == 1)}
     elif isinstance(model["vocab"], list):
         tokens = {token for token, score in model["vocab"] if score < 0}  # SentencePiece's control symbols have 0
     else:

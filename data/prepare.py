@@ -263,6 +263,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         parser.error("--map needs at least instruction=... and output=..., and --labels needs --map")
     if args.show < 0:
         parser.error(f"--show must be at least 0, got {args.show}")
+    args.origin = {"from": args.dataset if args.dataset in ("tiny", *SOURCES) else os.path.abspath(args.dataset)}
     name = os.path.splitext(os.path.basename(args.dataset))[0]
     if not args.out and name in ("tiny", *SOURCES) and args.dataset != name:
         parser.error(f"data/{name} is for the data set of that name: name another folder with --out")
@@ -287,7 +288,7 @@ def main(argv: list[str] | None = None):
         for split in reversed(splits):  # train last: if it is there, the others are, too
             write_rows(os.path.join(args.out, f"{split}.jsonl"), splits[split])
     if args.out != TINY:
-        write_json(os.path.join(args.out, "prepared.json"), {"from": origin(args)})
+        write_json(os.path.join(args.out, "prepared.json"), args.origin)
     splits = load_splits(args.out)
     print(*describe(splits, tokenizer, config.block_size, args.init, layout), sep="\n")
     for row in splits["train"][: args.show]:
@@ -317,15 +318,10 @@ def read_own(args: Namespace) -> dict[str, list[dict]]:
     return fill_missing_splits({"train": rows}, args.dataset)
 
 
-def origin(args: Namespace) -> str:
-    """What a folder's data set was made from."""
-    return args.dataset if args.dataset in ("tiny", *SOURCES) else os.path.abspath(args.dataset)
-
-
 def refuse_other_data(args: Namespace):
     """Raise ValueError if --out holds a data set of another origin: it would be lost, or mixed with this one."""
     marker = os.path.join(args.out, "prepared.json")
-    is_ours = args.out == TINY or os.path.exists(marker) and read_json(marker) == {"from": origin(args)}
+    is_ours = args.out == TINY or os.path.exists(marker) and read_json(marker) == args.origin
     names = [name for name in os.listdir(args.out) if split_name(name)] if os.path.isdir(args.out) else []
     if names and not is_ours:
         raise ValueError(f"{os.path.join(args.out, names[0])} is of another data set: name another folder with --out")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import statistics
 
 
 @contextlib.contextmanager
@@ -64,9 +65,8 @@ def no_duplicate_keys(pairs: list[tuple]) -> dict:
     """A JSON object as a dict, for json's object_pairs_hook.  Raises ValueError if a key occurs twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"it has the key {str(twice)[:80]!r} twice")
+        twice = statistics.mode(key for key, _ in pairs)
+        raise ValueError(f"it has the key {twice[:80]!r} twice")
     return content
 
 

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import struct
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -323,10 +324,8 @@ def read_bin(path: str) -> dict[str, LazyTensor]:
     """
     refuse_lfs_pointer(path)
     try:
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files older than PyTorch 1.6 cannot be mapped
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        can_be_mapped = zipfile.is_zipfile(path)  # as all are that PyTorch 1.6 or a newer one wrote
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
         return {name: LazyTensor(x.shape, lambda x=x: x) for name, x in tensors.items()}
     except Exception as e:  # torch.load raises many kinds of errors
         raise ValueError(f"{path} is not a file of tensors alone, or was cut off ({type(e).__name__})") from None
