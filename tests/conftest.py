@@ -118,6 +118,14 @@ def model(request):
     return small_model(request.param)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync():
+    """A test's files need not survive a power cut, and a suite of them waits seconds for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
 # -- Runs --------------------------------------------------------------------------------------------------------------
 
 

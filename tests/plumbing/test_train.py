@@ -119,7 +119,7 @@ def test_a_rate_of_zero_is_a_rate_and_not_the_method_s_default(rows, tmp_path):
 
 @pytest.mark.parametrize("method", ["iapt", slow("lora"), "full"])
 def test_a_warm_start_begins_with_what_another_run_has_trained_and_resumes_as_any_run(method, rows, tmp_path):
-    first, second, third = (str(tmp_path / name) for name in "abc")
+    first, second, third = str(tmp_path / "a"), str(tmp_path), str(tmp_path / "c")  # first is in second, and not it
     common = [*SMALL, "--steps", "2", "--data", rows, "--method", method]
     train.main([*common, "--out", first])
     train.main([*common, "--out", second, "--warm-start", first, "--lr", "0", "--seed", "1"])
@@ -128,7 +128,6 @@ def test_a_warm_start_begins_with_what_another_run_has_trained_and_resumes_as_an
     assert not same_run(first, third)
     status, text = run_in(train, *common, "--out", third, "--resume")
     assert status == 1 and f"warm_start was {first!r}" in text
-    assert run_in(train, *common, "--out", str(tmp_path), "--warm-start", first)[0] == 0  # first is in it, and not it
     shutil.rmtree(first)  # what it was trained from is in its checkpoints
     assert run_in(train, *common, "--out", third, "--resume", "--warm-start", first)[0] == 0
 
