@@ -45,6 +45,7 @@ KEYS = ("instruction", "input", "output", "system", "task")
 class Source:
     """A public data set: where its files are, and how their rows become ours."""
 
+    about: str
     home: str
     files: dict  # part: (file, sha256 or its first digits), or (archive, sha256, file in it)
     map: dict = field(default_factory=dict)
@@ -52,52 +53,10 @@ class Source:
     choose: Callable | None = None  # {part: rows} -> {split: rows}; without it, the parts are the splits
 
 
-GITHUB = "https://raw.githubusercontent.com"
-SST2 = "SST-2.zip", "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"
-SOURCES = {
-    "alpaca": Source(  # 52,002 rows, CC BY-NC 4.0
-        f"{GITHUB}/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a",
-        {"train": ("alpaca_data.json", "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419")},
-    ),
-    "e2e": Source(  # restaurants in words, arXiv 1706.09254, CC BY-SA 4.0
-        f"{GITHUB}/tuetschek/e2e-dataset/master",
-        {
-            "train": ("trainset.csv", "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6"),
-            "val": ("devset.csv", "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9"),
-            "test": ("testset_w_refs.csv", "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd"),
-        },
-    ),
-    "gsm8k": Source(  # school arithmetic, arXiv 2110.14168, MIT
-        f"{GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data",
-        {
-            "train": ("train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
-            "test": ("test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
-        },
-        {"instruction": "question", "output": "answer"},
-    ),
-    "boolq": Source(  # yes or no, by a passage, arXiv 1905.10044, CC BY-SA 3.0; the labels of its own test are secret
-        "https://storage.googleapis.com/boolq",
-        {
-            "train": ("train.jsonl", "cc7a79d44479867e8323a7b0c5c1d82edf516ca34912201f9384c3a3d098d8db"),
-            "test": ("dev.jsonl", "ebc29ea3808c5c611672384b3de56e83349fe38fc1fe876fd29b674d81d0a80a"),
-        },
-        {"instruction": "{question}?", "input": "passage", "output": "answer"},
-        {"true": "yes", "false": "no"},
-    ),
-    "sst2": Source(  # films, as GLUE has them, arXiv 1804.07461; the labels of its own test are secret
-        "https://dl.fbaipublicfiles.com/glue/data",
-        {"train": (*SST2, "SST-2/train.tsv"), "test": (*SST2, "SST-2/dev.tsv")},
-        {"instruction": "Is this review positive or negative?", "input": "sentence", "output": "label"},
-        {"0": "negative", "1": "positive"},
-    ),
-    "p3": Source(  # many tasks; the rows keep the terms of the 22 sets underneath, the repository is Apache-2.0
-        f"{GITHUB}/yizhongw/self-instruct/0b26ccaa415992100fa32df62d41b994cf928e23"
-        "/data/finetuning/t0_train_50k/data_per_template",
-        {name: (f"{name}.jsonl", sha256) for name, sha256 in p3.HASHES.items()},
-        {"instruction": "prompt", "output": "completion"},
-        choose=p3.choose,
-    ),
-}
+SOURCES = read_json(os.path.join(os.path.dirname(__file__), "sources.json"))
+SOURCES = {name: Source(**entry) for name, entry in SOURCES.items()}
+SOURCES["p3"].files = {name: (f"{name}.jsonl", sha256) for name, sha256 in p3.HASHES.items()}
+SOURCES["p3"].choose = p3.choose
 
 
 def locate_files(source: Source, files: list[str], folder: str) -> dict[str, str]:
