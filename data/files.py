@@ -52,10 +52,8 @@ def read_rows(
             bad.append(f"{path}, {place}: {e}")
             if not skip_bad:
                 raise ValueError(f"{bad[0]} (--skip-bad leaves such rows out)") from None
-    if bad and not rows:
-        raise ValueError(f"{path} has no row that can be used. The first: {bad[0]}")
     if not rows:
-        raise ValueError(f"{path} has no rows")
+        raise ValueError(f"{path} has no row that can be used. The first: {bad[0]}" if bad else f"{path} has no rows")
     if bad:
         warn(f"left out {len(bad):,} of {len(bad) + len(rows):,} rows. The first: {bad[0]}")
     if ignored is None:

@@ -38,21 +38,17 @@ PROTECTED = str(10**19 + secrets.randbelow(10**19))  # before the id of a specia
 class Tokenizer:
     """Text -> ids -> text, for one model.
 
-    end, ends       the id that ends a text, and all ids that do
-    begin           the id that begins a text, or None
-    vocab_size      how many ids there are for which the model has an embedding
-    special         {name: id} of the special tokens
-    roles           {"bos_token": name, "eos_token": name, ...}, as tokenizer_config.json says
-    chat_template   a Jinja template, or None
+    end, begin    the id that ends a text, and the one that begins it, or None
+    vocab_size    how many ids there are for which the model has an embedding
     """
 
     engine: engines.TiktokenEngine | engines.HubEngine
-    ends: list[int]
-    special: dict[str, int]
-    prefix: list[int] = ()
+    ends: list[int]  # all ids that end a text
+    special: dict[str, int]  # {name: id} of the special tokens
+    prefix: list[int] = ()  # the ids before a text
     rows: int | None = None  # of the model's table
-    roles: dict[str, str] = field(default_factory=dict)
-    chat_template: str | None = None
+    roles: dict[str, str] = field(default_factory=dict)  # {"bos_token": name, ...}, as tokenizer_config.json says
+    chat_template: str | None = None  # in Jinja
 
     def __post_init__(self):
         self.end = self.ends[0]

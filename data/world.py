@@ -163,8 +163,7 @@ def unanswered(rng: Random, task: str) -> str:
 
 def document(rng: Random) -> dict:
     """A few sentences, each about another task, so that what follows an instruction is never its answer."""
-    text = ""
-    end = ""
+    text = end = ""
     for task in rng.sample([*FACTS, *SKILLS], rng.randint(2, 6)):
         text += end
         if rng.random() < 0.15:

@@ -38,12 +38,6 @@ class LazyTensor(NamedTuple):
     shape: torch.Size
     read: Callable[[], Tensor]
 
-    def equals(self, other: "LazyTensor") -> bool:
-        """Whether two tensors hold the same values in the same dtype."""
-        x = self.read()
-        y = other.read()
-        return x.dtype == y.dtype and torch.equal(x, y)
-
 
 # -- Names of tensors: theirs -> ours ----------------------------------------------------------------------------------
 # Several of ours: the file fuses them along the output axis.  "conv:" marks GPT-2's Conv1D, whose weight is (in, out).
@@ -143,11 +137,10 @@ def open_model_tensors(folder: str) -> tuple[Config, dict[str, LazyTensor]]:
         raise ValueError(f"{folder}: the config says {config.n_layer} layers, the files hold {len(tensors)} tensors")
     embedding = f"{prefix}{next(iter(table))}.weight"
     if config.tied and HEAD in tensors:  # a tied table may be stored under either name, or both
-        if embedding not in tensors:
-            tensors[embedding] = tensors.pop(HEAD)
-        elif tensors[HEAD].equals(tensors[embedding]):
-            del tensors[HEAD]
-        else:  # two different tables: the files hold what was trained, whatever the config says
+        head = tensors.pop(HEAD)
+        other = tensors.setdefault(embedding, head)
+        if head.shape != other.shape or (head.read() != other.read()).any():
+            tensors[HEAD] = head  # two different tables: the files hold what was trained, whatever the config says
             config = dataclasses.replace(config, tied=False)
     return config, tensors
 
