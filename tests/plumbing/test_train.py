@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -603,9 +604,10 @@ def test_a_console_that_lacks_a_character_shows_its_code_and_loses_nothing(monke
     assert console.buffer.getvalue() == b"\xe9 \\u5317\\u4eac\nsaved\n"
 
 
-def test_a_command_that_is_wrong_prints_one_line_and_exits_with_2():
-    command = [sys.executable, os.path.join(ROOT, "train.py"), "--steps", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and done.stdout == ""
+def test_a_command_that_is_wrong_prints_one_line_and_exits_with_2(monkeypatch, capsys):
+    """Run as a script, not by its main()."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "0"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(os.path.join(ROOT, "train.py"), run_name="__main__")
     wanted = "error: argument --steps: must be from 1 to 2^40, got 0 (train.py --help shows the options)\n"
-    assert done.stderr == wanted
+    assert stopped.value.code == 2 and capsys.readouterr() == ("", wanted)
