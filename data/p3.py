@@ -20,6 +20,7 @@ import os
 
 from plumbing.files import read_lists
 
+# {family: lines of a wording and the first digits of the sha256 of its file}
 LISTS = read_lists(os.path.join(os.path.dirname(__file__), "p3.txt"))
 RESULTS = dict(map(str.split, LISTS.pop("results")))  # {split: sha256 of the file that comes out}
 FAMILIES = list(LISTS)

@@ -31,7 +31,8 @@ from plumbing.files import read_json, read_lists, replacing
 
 # -- The world ---------------------------------------------------------------------------------------------------------
 # A task has a few noun phrases ("cores") about some {x}.  Each core makes statements, "CORE is Y .", and, with the
-# openers, instructions, "what is CORE ?".  The last core of every task is kept for test_phrasings.
+# openers, instructions, "what is CORE ?".  The last core of every task is kept for test_phrasings.  All words and
+# phrases are in world.txt.
 
 LISTS = read_lists(os.path.join(os.path.dirname(__file__), "world.txt"))
 
