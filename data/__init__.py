@@ -140,12 +140,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        examples: list[Example],
-        size: int,
-        seed: int,
-        block_size: int,
-        device: str | torch.device = "cpu",
+        self, examples: list[Example], size: int, seed: int, block_size: int, device: str | torch.device = "cpu"
     ):
         self.examples = examples
         self.size = min(size, len(examples))
@@ -165,11 +160,9 @@ class Batches:
 
     def _order(self, rng: random.Random) -> list[list[int]]:
         order = rng.sample(range(len(self.examples)), len(self.examples))
+        length = lambda j: sum(map(len, self.examples[j]))
         stretch = 16 * self.size
-        order = [j for s in range(0, len(order), stretch) for j in sorted(order[s : s + stretch], key=self._length)]
+        order = [j for s in range(0, len(order), stretch) for j in sorted(order[s : s + stretch], key=length)]
         chunks = [order[s : s + self.size] for s in range(0, len(order) - self.size + 1, self.size)]
         rng.shuffle(chunks)
         return chunks
-
-    def _length(self, j: int) -> int:
-        return sum(map(len, self.examples[j]))

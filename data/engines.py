@@ -35,9 +35,9 @@ def secret_name(i: int) -> str:
 
 
 def any_of(names: Iterable[str]) -> re.Pattern:
-    """A pattern that finds these names, the longest first; nothing, if there are none."""
+    """A pattern that finds these names, the longest first, as a group; nothing, if there are none."""
     longest_first = sorted(names, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 class TiktokenEngine:
@@ -61,25 +61,19 @@ class TiktokenEngine:
         self.size = max(self.spelling) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
         ids = []
-        start = 0
-        for match in self.added_names.finditer(text):
-            ids += self._merge(text[start : match.start()])
-            ids.append(self.added[match[0]])
-            start = match.end()
-        return ids + self._merge(text[start:])
+        for i, part in enumerate(self.added_names.split(text)):  # every second one is a name
+            ids += [self.added[part]] if i % 2 else self._merge(part)
+        return ids
 
     def _merge(self, text):
         ranks = self.encoding.encode_ordinary(text)
         return [self.ids[rank] for rank in ranks] if self.ids else ranks
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> text."""
         return b"".join(self.spelling.get(i, b"") for i in ids).decode("utf-8", errors="replace")
 
     def id_of(self, name: str) -> int | None:
-        """The id of a token by its name, or None."""
         spelling = name.encode("utf-8")
         return next((i for i, token in self.spelling.items() if token == spelling), None)
 
@@ -121,7 +115,6 @@ class HubEngine:
         return self.hub.encode(text, add_special_tokens=False).ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
         if self.adds_space and text.startswith(" "):
             # SentencePiece puts a space before a text, but ours may go on from another: " lima" after "Response:".
             ids = self._ids("\n" + text)
@@ -130,11 +123,9 @@ class HubEngine:
         return self._ids(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> text."""
         return self.hub.decode(ids, skip_special_tokens=False)
 
     def id_of(self, name: str) -> int | None:
-        """The id of a token by its name, or None."""
         return self.hub.token_to_id(name)
 
 
@@ -172,9 +163,7 @@ def ordinary_tokens(model: dict) -> set[str]:
     If a file calls one of them special ("!" as padding, a line's end as the end), it is text all the same.
     """
     if "merges" in model:
-        tokens = {left + right for left, right in pairs_of(model)} | {
-            token for token in model["vocab"] if len(token) == 1
-        }
+        tokens = {*map("".join, pairs_of(model)), *(token for token in model["vocab"] if len(token) == 1)}
     elif isinstance(model["vocab"], list):
         tokens = {token for token, score in model["vocab"] if score < 0}  # SentencePiece's control symbols have 0
     else:

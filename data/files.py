@@ -18,6 +18,7 @@ error.  So is a data file that nothing uses.
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -51,10 +52,8 @@ def read_rows(
             bad.append(f"{path}, {place}: {e}")
             if not skip_bad:
                 raise ValueError(f"{bad[0]} (--skip-bad leaves such rows out)") from None
-    if bad and not rows:
-        raise ValueError(f"{path} has no row that can be used. The first: {bad[0]}")
     if not rows:
-        raise ValueError(f"{path} has no rows")
+        raise ValueError(f"{path} has no row that can be used. The first: {bad[0]}" if bad else f"{path} has no rows")
     if bad:
         warn(f"left out {len(bad):,} of {len(bad) + len(rows):,} rows. The first: {bad[0]}")
     if ignored is None:
@@ -73,7 +72,7 @@ def as_row(record: object, reshape: Callable, ignored: set[str]) -> dict:
     for name, text in texts + [(turn["role"], turn["content"]) for turn in row.get("history", [])]:
         if not isinstance(text, str):
             raise ValueError(f"{name} is {text!r}"[:80] + ", and should be text")
-        if any("\ud800" <= char <= "\udfff" for char in text):
+        if re.search("[\ud800-\udfff]", text):
             raise ValueError(f"{name} has half of a character, or a byte that is not UTF-8: {ascii(text)[:60]}")
     if not row["output"].strip():
         raise ValueError("output is empty: there is nothing to learn")
@@ -316,11 +315,6 @@ def split_name(name: str) -> str | None:
     if extension not in READABLE:
         return None
     return SPLITS.get(stem, stem if stem.startswith("test_") else None)
-
-
-def is_split_file(name: str) -> bool:
-    """Whether a file of a data set's folder, by its name, holds one of its splits."""
-    return split_name(name) is not None
 
 
 def looks_like_data(name: str) -> bool:

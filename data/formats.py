@@ -138,16 +138,10 @@ def read_table(text: str, separator: str, known: set[str]) -> list[tuple[str, ob
     else:
         separator = find_separator(text, separator, known)
     quoting = csv.QUOTE_NONE if separator == "\t" and not is_quoted(text) else csv.QUOTE_MINIMAL
-    names = None
-    records = []
-    for place, cells in parse_table(text, lines_before, delimiter=separator, quoting=quoting):
-        if isinstance(cells, list) and not "".join(cells).strip():
-            continue
-        if names is None:
-            names = name_columns(cells)
-            continue
-        records.append((place, cells if isinstance(cells, ValueError) else as_record(names, cells)))
-    return records
+    lines = parse_table(text, lines_before, delimiter=separator, quoting=quoting)
+    lines = [(place, cells) for place, cells in lines if isinstance(cells, ValueError) or "".join(cells).strip()]
+    names = name_columns(lines[0][1]) if lines else []
+    return [(place, as_record(names, cells)) for place, cells in lines[1:]]
 
 
 def parse_table(text: str, lines_before: int, **dialect) -> list[tuple[str, list[str] | ValueError]]:
@@ -172,8 +166,10 @@ def parse_table(text: str, lines_before: int, **dialect) -> list[tuple[str, list
         csv.field_size_limit(limit)
 
 
-def as_record(names: list[str], cells: list[str]) -> dict | ValueError:
+def as_record(names: list[str], cells: list[str] | ValueError) -> dict | ValueError:
     """{name of a column: cell}.  A cell that a line lacks is None."""
+    if isinstance(cells, ValueError):
+        return cells
     if any(cells[len(names) :]):
         return ValueError(f"it has more columns than the first line: {cells[len(names) :]}"[:100])
     if len(max(cells, key=len)) > LONGEST_CELL:

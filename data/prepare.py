@@ -30,15 +30,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from data import PLAIN, TINY, Template, Tokenizer, encode, label_words, load_splits, make_template, p3, template, world
-from data.files import (
-    as_text,
-    column_names,
-    fill_missing_splits,
-    from_known_format,
-    is_split_file,
-    read_rows,
-    write_rows,
-)
+from data.files import as_text, column_names, fill_missing_splits, from_known_format, read_rows, split_name, write_rows
 from plumbing import hub
 from plumbing.cli import Parser, UsageError, run
 from plumbing.files import read_json, replacing, write_json
@@ -54,6 +46,7 @@ KEYS = ("instruction", "input", "output", "system", "task")
 class Source:
     """A public data set: where its files are, and how their rows become ours."""
 
+    about: str
     home: str
     files: dict  # part: (file, sha256 or its first digits), or (archive, sha256, file in it)
     map: dict = field(default_factory=dict)
@@ -61,52 +54,10 @@ class Source:
     choose: Callable | None = None  # {part: rows} -> {split: rows}; without it, the parts are the splits
 
 
-GITHUB = "https://raw.githubusercontent.com"
-SST2 = "SST-2.zip", "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"
-SOURCES = {
-    "alpaca": Source(  # 52,002 rows, CC BY-NC 4.0
-        f"{GITHUB}/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a",
-        {"train": ("alpaca_data.json", "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419")},
-    ),
-    "e2e": Source(  # restaurants in words, arXiv 1706.09254, CC BY-SA 4.0
-        f"{GITHUB}/tuetschek/e2e-dataset/master",
-        {
-            "train": ("trainset.csv", "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6"),
-            "val": ("devset.csv", "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9"),
-            "test": ("testset_w_refs.csv", "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd"),
-        },
-    ),
-    "gsm8k": Source(  # school arithmetic, arXiv 2110.14168, MIT
-        f"{GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data",
-        {
-            "train": ("train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
-            "test": ("test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
-        },
-        {"instruction": "question", "output": "answer"},
-    ),
-    "boolq": Source(  # yes or no, by a passage, arXiv 1905.10044, CC BY-SA 3.0; the labels of its own test are secret
-        "https://storage.googleapis.com/boolq",
-        {
-            "train": ("train.jsonl", "cc7a79d44479867e8323a7b0c5c1d82edf516ca34912201f9384c3a3d098d8db"),
-            "test": ("dev.jsonl", "ebc29ea3808c5c611672384b3de56e83349fe38fc1fe876fd29b674d81d0a80a"),
-        },
-        {"instruction": "{question}?", "input": "passage", "output": "answer"},
-        {"true": "yes", "false": "no"},
-    ),
-    "sst2": Source(  # films, as GLUE has them, arXiv 1804.07461; the labels of its own test are secret
-        "https://dl.fbaipublicfiles.com/glue/data",
-        {"train": (*SST2, "SST-2/train.tsv"), "test": (*SST2, "SST-2/dev.tsv")},
-        {"instruction": "Is this review positive or negative?", "input": "sentence", "output": "label"},
-        {"0": "negative", "1": "positive"},
-    ),
-    "p3": Source(  # many tasks; the rows keep the terms of the 22 sets underneath, the repository is Apache-2.0
-        f"{GITHUB}/yizhongw/self-instruct/0b26ccaa415992100fa32df62d41b994cf928e23"
-        "/data/finetuning/t0_train_50k/data_per_template",
-        {name: (f"{name}.jsonl", sha256) for name, sha256 in p3.HASHES.items()},
-        {"instruction": "prompt", "output": "completion"},
-        choose=p3.choose,
-    ),
-}
+SOURCES = read_json(os.path.join(os.path.dirname(__file__), "sources.json"))
+SOURCES = {name: Source(**entry) for name, entry in SOURCES.items()}
+SOURCES["p3"].files = {name: (f"{name}.jsonl", sha256) for name, sha256 in p3.HASHES.items()}
+SOURCES["p3"].choose = p3.choose
 
 
 def locate_files(source: Source, files: list[str], folder: str) -> dict[str, str]:
@@ -273,6 +224,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         parser.error("--map needs at least instruction=... and output=..., and --labels needs --map")
     if args.show < 0:
         parser.error(f"--show must be at least 0, got {args.show}")
+    args.origin = {"from": args.dataset if args.dataset in ("tiny", *SOURCES) else os.path.abspath(args.dataset)}
     name = os.path.splitext(os.path.basename(args.dataset))[0]
     if not args.out and name in ("tiny", *SOURCES) and args.dataset != name:
         parser.error(f"data/{name} is for the data set of that name: name another folder with --out")
@@ -297,7 +249,7 @@ def main(argv: list[str] | None = None):
         for split in reversed(splits):  # train last: if it is there, the others are, too
             write_rows(os.path.join(args.out, f"{split}.jsonl"), splits[split])
     if args.out != TINY:
-        write_json(os.path.join(args.out, "prepared.json"), {"from": origin(args)})
+        write_json(os.path.join(args.out, "prepared.json"), args.origin)
     splits = load_splits(args.out)
     print(*describe(splits, tokenizer, config.block_size, args.init, layout), sep="\n")
     for row in splits["train"][: args.show]:
@@ -327,16 +279,11 @@ def read_own(args: Namespace) -> dict[str, list[dict]]:
     return fill_missing_splits({"train": rows}, args.dataset)
 
 
-def origin(args: Namespace) -> str:
-    """What a folder's data set was made from."""
-    return args.dataset if args.dataset in ("tiny", *SOURCES) else os.path.abspath(args.dataset)
-
-
 def refuse_other_data(args: Namespace):
     """Raise ValueError if --out holds a data set of another origin: it would be lost, or mixed with this one."""
     marker = os.path.join(args.out, "prepared.json")
-    is_ours = args.out == TINY or os.path.exists(marker) and read_json(marker) == {"from": origin(args)}
-    names = [name for name in os.listdir(args.out) if is_split_file(name)] if os.path.isdir(args.out) else []
+    is_ours = args.out == TINY or os.path.exists(marker) and read_json(marker) == args.origin
+    names = [name for name in os.listdir(args.out) if split_name(name)] if os.path.isdir(args.out) else []
     if names and not is_ours:
         raise ValueError(f"{os.path.join(args.out, names[0])} is of another data set: name another folder with --out")
 

@@ -6,6 +6,7 @@ make_template("chat", tokenizer)   the layout that an instruction-tuned model kn
 """
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import re
@@ -140,7 +141,7 @@ def compile_jinja(source: str) -> Callable[..., str]:
     """A chat template as a function of its variables, run in a sandbox with the settings that transformers uses."""
     try:
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.sandbox import ImmutableSandboxedEnvironment as Environment
     except ImportError:
         raise ModuleNotFoundError("--template chat needs the package jinja2: pip install jinja2") from None
     version = importlib.metadata.version("jinja2")
@@ -150,17 +151,10 @@ def compile_jinja(source: str) -> Callable[..., str]:
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def strftime_now(layout):
-        return datetime.datetime.now().strftime(layout)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
     # transformers' own tag {% generation %} marks the answers, and prints what is inside it.
     source = re.sub(r"({%[-+]?\s*)generation(\s*[-+]?%})", r"\1if true\2", source)
     source = re.sub(r"({%[-+]?\s*)endgeneration(\s*[-+]?%})", r"\1endif\2", source)

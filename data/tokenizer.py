@@ -23,66 +23,41 @@ import itertools
 import os
 import re
 import secrets
-from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import tiktoken
 
-from data.engines import (
-    GPT2,
-    LLAMA3,
-    SECRET,
-    WORDS,
-    HubEngine,
-    TiktokenEngine,
-    any_of,
-    gpt2_chars,
-    make_engine,
-    ordinary_tokens,
-    prefix_ids,
-    secret_name,
-    vocabulary,
-)
+import data.engines as engines
 from plumbing.files import read_json, read_text, refuse_lfs_pointer
 
 END = "<|endoftext|>"
 PROTECTED = str(10**19 + secrets.randbelow(10**19))  # before the id of a special token whose name is text
 
 
+@dataclass(eq=False)
 class Tokenizer:
     """Text -> ids -> text, for one model.
 
-    end, ends       the id that ends a text, and all ids that do
-    begin           the id that begins a text, or None
-    vocab_size      how many ids there are for which the model has an embedding
-    special         {name: id} of the special tokens
-    roles           {"bos_token": name, "eos_token": name, ...}, as tokenizer_config.json says
-    chat_template   a Jinja template, or None
+    end, begin    the id that ends a text, and the one that begins it, or None
+    vocab_size    how many ids there are for which the model has an embedding
     """
 
-    def __init__(
-        self,
-        engine: TiktokenEngine | HubEngine,
-        ends: list[int],
-        special: dict[str, int],
-        prefix: list[int] | tuple = (),
-        rows: int | None = None,
-        roles: dict[str, str] | None = None,
-        chat_template: str | None = None,
-    ):
-        self.engine = engine
-        self.ends = ends
-        self.end = ends[0]
-        self.prefix = list(prefix)
-        self.begin = self.prefix[0] if prefix else None
-        self.vocab_size = min(engine.size, rows or engine.size)
-        self.special = special
-        self.roles = roles or {}
-        self.chat_template = chat_template
-        name_of = {i: name for name, i in special.items()}
-        self.bos_token = self.roles.get("bos_token") or name_of.get(self.begin)
-        self.eos_token = self.roles.get("eos_token") or name_of.get(self.end)
-        self._name_of = name_of
-        self._names = any_of(special)
+    engine: engines.TiktokenEngine | engines.HubEngine
+    ends: list[int]  # all ids that end a text
+    special: dict[str, int]  # {name: id} of the special tokens
+    prefix: list[int] = ()  # the ids before a text
+    rows: int | None = None  # of the model's table
+    roles: dict[str, str] = field(default_factory=dict)  # {"bos_token": name, ...}, as tokenizer_config.json says
+    chat_template: str | None = None  # in Jinja
+
+    def __post_init__(self):
+        self.end = self.ends[0]
+        self.begin = self.prefix[0] if self.prefix else None
+        self.vocab_size = min(self.engine.size, self.rows or self.engine.size)
+        self._name_of = {i: name for name, i in self.special.items()}
+        self._names = engines.any_of(self.special)
+        self.bos_token = self.roles.get("bos_token") or self._name_of.get(self.begin)
+        self.eos_token = self.roles.get("eos_token") or self._name_of.get(self.end)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text.  Raises ValueError for a token that the model has no embedding for."""
@@ -90,7 +65,7 @@ class Tokenizer:
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a text that something will follow, behind the token that begins a text.  There is at least one."""
-        return self._checked(self.prefix + self.engine.encode(text) or [self.end])
+        return self._checked([*self.prefix, *self.engine.encode(text)] or [self.end])
 
     def protect(self, text: str) -> str:
         """A user's text for a chat template: `encode_chat` will read it as text, whatever names are in it."""
@@ -98,12 +73,12 @@ class Tokenizer:
 
     def encode_chat(self, text: str) -> list[int]:
         """Ids of a rendered chat template: names of special tokens are special, except in texts from `protect`."""
-        text = self._names.sub(lambda m: secret_name(self.special[m[0]]), text)
+        text = self._names.sub(lambda m: engines.secret_name(self.special[m[0]]), text)
         return self._checked(self.engine.encode(self._with_names(PROTECTED, text)))
 
     def decode(self, ids: list[int]) -> str:
         """Ids -> text.  Ids beyond the tokenizer's are left out: a model's table may have spare rows."""
-        return self._with_names(SECRET, self.engine.decode([i for i in ids if i < self.engine.size]))
+        return self._with_names(engines.SECRET, self.engine.decode([i for i in ids if i < self.engine.size]))
 
     def words(self, ids: list[int]) -> list[str]:
         """The text of each id, on one line."""
@@ -154,7 +129,8 @@ class Tokenizer:
         for word in words:
             ranks.setdefault(word.encode("utf-8"), len(ranks))
         end = len(ranks)
-        return cls(TiktokenEngine(WORDS, ranks, {secret_name(end): end}), [end], {END: end}, [end])
+        engine = engines.TiktokenEngine(engines.WORDS, ranks, {engines.secret_name(end): end})
+        return cls(engine, [end], {END: end}, [end])
 
     @classmethod
     def of_vocabulary(cls, files: "TokenizerFiles", path: str) -> "Tokenizer":
@@ -164,8 +140,8 @@ class Tokenizer:
             if os.path.basename(path) != "tokenizer.json":
                 content = describe_gpt2(files, content)
             added = added_tokens(files, content)
-            engine = make_engine(content, added)
-            prefix = prefix_ids(content.get("post_processor"))
+            engine = engines.make_engine(content, added)
+            prefix = engines.prefix_ids(content.get("post_processor"))
         except ModuleNotFoundError as e:
             raise ModuleNotFoundError(f"{path} {e}") from None
         except Exception as e:  # the package tokenizers raises plain Exceptions
@@ -189,8 +165,9 @@ class Tokenizer:
             name = LLAMA3_SPECIAL.get(i) or next(reserved)
             token = files.decoder.get(str(len(ranks) + i), {"content": name})
             special[token["content"]] = len(ranks) + i
+        names = {engines.secret_name(i): i for i in special.values()}
         try:
-            engine = TiktokenEngine(LLAMA3, ranks, {secret_name(i): i for i in special.values()})
+            engine = engines.TiktokenEngine(engines.LLAMA3, ranks, names)
         except ValueError as e:
             raise ValueError(f"{path} is broken: {e}") from None
         begin = special.get(LLAMA3_SPECIAL[0], len(ranks))
@@ -207,7 +184,7 @@ class Tokenizer:
                 f"no vocab.json in {files.folder}, and {reason}: put {name}'s vocab.json and merges.txt there"
             ) from None
         end = encoding.eot_token
-        engine = TiktokenEngine(GPT2, encoding._mergeable_ranks, {secret_name(end): end})
+        engine = engines.TiktokenEngine(engines.GPT2, encoding._mergeable_ranks, {engines.secret_name(end): end})
         return cls._of_files(files, engine, {END: end}, [], END)
 
     @classmethod
@@ -215,11 +192,7 @@ class Tokenizer:
         """A tokenizer with the end, the roles and the chat template that a folder's files name."""
         rows = files.config.get("vocab_size")
         rows = rows if type(rows) is int and rows > 0 else None
-
-        def id_of(name):
-            return special.get(name, engine.id_of(name))
-
-        ends = find_ends(files, id_of, min(engine.size, rows or engine.size), default_end)
+        ends = find_ends(files, engine, special, min(engine.size, rows or engine.size), default_end)
         return cls(engine, ends, special, prefix, rows, files.roles(), files.chat_template())
 
 
@@ -286,7 +259,7 @@ def token_name(token: str | dict | None) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def find_ends(files: TokenizerFiles, id_of: Callable[[str], int | None], size: int, default: str) -> list[int]:
+def find_ends(files: TokenizerFiles, engine: object, special: dict[str, int], size: int, default: str) -> list[int]:
     """The ids that end a text, where transformers looks for them.  Raises ValueError if no file names one.
 
     The order: generation_config.json, config.json, the eos_token of tokenizer_config.json, the name `default`, and what
@@ -301,7 +274,7 @@ def find_ends(files: TokenizerFiles, id_of: Callable[[str], int | None], size: i
                 raise ValueError(f"{path} has eos_token_id {str(content['eos_token_id'])[:80]}, of {size} tokens")
             return ends
     eos = files.roles().get("eos_token", default)
-    end = id_of(eos)
+    end = special.get(eos, engine.id_of(eos))
     if end is None and "eos_token_id" not in files.config:
         end = {"gpt2": 50256, "llama": 2}.get(files.config.get("model_type"))
     if end is None or end >= size:
@@ -317,7 +290,7 @@ def added_tokens(files: TokenizerFiles, content: dict) -> dict[str, dict]:
 
     tokenizer.json decides about ids, tokenizer_config.json about what is special.
     """
-    vocab = vocabulary(content["model"])
+    vocab = engines.vocabulary(content["model"])
     special = files.special_names()
     listed = {entry["content"]: entry for entry in content.get("added_tokens") or []}
     others = {name: {"id": i} for name, i in files.added.items()}
@@ -338,7 +311,7 @@ def added_tokens(files: TokenizerFiles, content: dict) -> dict[str, dict]:
         if owner.setdefault(entry["id"], name) != name:
             raise ValueError(f"the added token {name[:80]!r} has id {entry['id']}, as {owner[entry['id']][:80]!r} has")
         added[name] = entry
-    for name in ordinary_tokens(content["model"]):
+    for name in engines.ordinary_tokens(content["model"]):
         if name in added and added[name]["special"]:
             del added[name]
     return dict(sorted(added.items(), key=lambda item: item[1]["id"]))
@@ -356,7 +329,7 @@ def describe_gpt2(files: TokenizerFiles, vocab: dict[str, int]) -> dict:
     ids = {i for i in vocab.values() if type(i) is int and 0 <= i < 2**31} if isinstance(vocab, dict) else set()
     if len(ids) < len(vocab):
         raise ValueError("it is not {token: id}, with different whole numbers")
-    if not all(char in vocab for char in gpt2_chars().values()):
+    if not all(char in vocab for char in engines.gpt2_chars().values()):
         raise ValueError("it lacks some of the 256 bytes: it is no vocabulary of GPT-2's kind")
     sequence = [{"Sequence": {"id": "A", "type_id": 0}}]
     special = {}

@@ -8,11 +8,11 @@
 Every file is written completely or not at all.  Reading a checkpoint runs no code that is in it.
 """
 
-import contextlib
 import io
 import json
 import math
 import os
+import pathlib
 import shutil
 import sys
 import zipfile
@@ -117,14 +117,12 @@ class RunFolder:
 
     def __init__(self, path: str):
         self.path = path
-        self.best = os.path.join(path, "best.pt")
-        self.last = os.path.join(path, "last.pt")
-        self.previous = os.path.join(path, "previous.pt")
-        self.log = os.path.join(path, "log.jsonl")
+        names = ("best.pt", "last.pt", "previous.pt", "log.jsonl")
+        self.best, self.last, self.previous, self.log = self.files = [os.path.join(path, name) for name in names]
 
     def holds_run(self) -> bool:
         """Whether a run has left any of its files here."""
-        return any(map(os.path.exists, (self.best, self.last, self.previous, self.log)))
+        return any(map(os.path.exists, self.files))
 
     def can_resume(self) -> bool:
         """Whether there is a checkpoint to resume from."""
@@ -162,9 +160,8 @@ class RunFolder:
                 raise FileExistsError(f"another run is writing to {self.path}: --out names another folder") from None
             LOCKS[path] = handle
         if force:
-            for path in (self.last, self.best, self.log, self.previous):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(path)
+            for path in self.files:
+                pathlib.Path(path).unlink(missing_ok=True)
 
     def save_last(self, tuner: Tuner, meta: dict, **more):
         """Write last.pt.  What it was before becomes previous.pt."""

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import statistics
 
 
 @contextlib.contextmanager
@@ -48,6 +49,11 @@ def write_json(path: str, content: object, indent: int | None = None):
         f.write("\n")
 
 
+def read_lists(path: str) -> dict[str, list[str]]:
+    """{name: lines} of a text file of lists.  Each is its name, its lines, and an empty line before the next one."""
+    return {name: lines for name, *lines in map(str.splitlines, read_text(path).split("\n\n"))}
+
+
 def refuse_lfs_pointer(path: str):
     """Raise ValueError for a Git LFS pointer, the three lines that a clone without git-lfs has for a large file."""
     with open(path, "rb") as f:
@@ -59,9 +65,8 @@ def no_duplicate_keys(pairs: list[tuple]) -> dict:
     """A JSON object as a dict, for json's object_pairs_hook.  Raises ValueError if a key occurs twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"it has the key {str(twice)[:80]!r} twice")
+        twice = statistics.mode(key for key, _ in pairs)
+        raise ValueError(f"it has the key {twice[:80]!r} twice")
     return content
 
 

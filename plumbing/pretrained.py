@@ -16,12 +16,13 @@ import dataclasses
 import hashlib
 import json
 import math
-import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -36,12 +37,6 @@ class LazyTensor(NamedTuple):
 
     shape: torch.Size
     read: Callable[[], Tensor]
-
-    def equals(self, other: "LazyTensor") -> bool:
-        """Whether two tensors hold the same values in the same dtype."""
-        x = self.read()
-        y = other.read()
-        return x.dtype == y.dtype and torch.equal(x, y)
 
 
 # -- Names of tensors: theirs -> ours ----------------------------------------------------------------------------------
@@ -73,21 +68,24 @@ HEAD = "lm_head.weight"
 LEFTOVERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
-def name_pairs(config: Config) -> Iterator[tuple[str, list[str], bool]]:
-    """(their module, our modules, whether theirs is a Conv1D) for every module of a model but its head."""
+def name_pairs(config: Config, ours: dict) -> Iterator[tuple[str, list[str], bool]]:
+    """(their tensor, those of ours that it holds, whether it is transposed) for all of `ours`, a model's state_dict."""
     prefix, table = TABLES[config.arch]
-    for theirs, ours in table.items():
-        conv = ours.startswith("conv: ")
+    for theirs, modules in table.items():
+        conv = modules.startswith("conv: ")
         for l in range(config.n_layer) if "{l}" in theirs else [0]:
-            yield prefix + theirs.format(l=l), ours.removeprefix("conv: ").format(l=l).split(), conv
+            for part in ("weight", "bias"):
+                names = [f"{module}.{part}" for module in modules.removeprefix("conv: ").format(l=l).split()]
+                if names[0] in ours:
+                    yield f"{prefix}{theirs.format(l=l)}.{part}", names, conv and part == "weight"
+    if not config.tied:
+        yield HEAD, ["head.weight"], False
 
 
 class SkipInit(TorchFunctionMode):
     """Skips torch.nn.init: on the meta device nothing is filled, and PyTorch would import its compiler to find out."""
 
-    def __torch_function__(
-        self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
-    ) -> object:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == nn.init.__name__:
             return args[0] if args else kwargs["tensor"]
@@ -104,28 +102,19 @@ def load_pretrained(folder: str, dtype: torch.dtype = torch.float32, device: str
         raise ValueError(f"{folder}: no model can have the sizes of its config.json ({str(e)[:80]})") from None
     ours = {name: x.shape for name, x in model.state_dict().items()}
     filled = {}
-
-    def copy_in(name, modules, part, transposed=False):
-        """Copy one of their tensors into one or several of ours."""
-        shapes = [ours[f"{module}.{part}"] for module in modules]
-        shape = torch.Size([sum(shape[0] for shape in shapes), *shapes[0][1:]])
+    for name, parts, transposed in name_pairs(config, ours):
+        rows = [ours[part][0] for part in parts]
+        shape = torch.Size([sum(rows), *ours[parts[0]][1:]])
         if name not in theirs:
             raise ValueError(f"{folder} lacks {name}")
         x = theirs.pop(name)
         if x.shape != (shape[::-1] if transposed else shape):
             raise ValueError(f"{folder}: {name} has shape {tuple(x.shape)}, the config wants {tuple(shape)}")
         x = x.read().T if transposed else x.read()
-        for module, chunk in zip(modules, x.split([shape[0] for shape in shapes])):
-            filled[f"{module}.{part}"] = torch.empty(chunk.shape, dtype=dtype, device=device).copy_(chunk)
-
-    for name, modules, conv in name_pairs(config):
-        for part in ("weight", "bias"):
-            if f"{modules[0]}.{part}" in ours:
-                copy_in(f"{name}.{part}", modules, part, conv and part == "weight")
+        for part, chunk in zip(parts, x.split(rows)):
+            filled[part] = torch.empty(chunk.shape, dtype=dtype, device=device).copy_(chunk)
     if config.tied:
         filled["head.weight"] = filled["wte.weight"]
-    else:
-        copy_in(HEAD, ["head"], "weight")
     if theirs:
         name = min(theirs)
         raise ValueError(f"{folder} has {len(theirs)} tensors that this model has no place for, such as {name[:80]}")
@@ -141,18 +130,17 @@ def open_model_tensors(folder: str) -> tuple[Config, dict[str, LazyTensor]]:
     if os.path.exists(os.path.join(folder, "adapter_config.json")):
         raise ValueError(f"{folder} has adapter_config.json, an adapter that we do not apply: merge it and the model")
     tensors = {name: x for name, x in open_tensors(folder).items() if not name.endswith(LEFTOVERS)}
-    prefix, _ = TABLES[config.arch]
+    prefix, table = TABLES[config.arch]
     if not any(name.startswith(prefix) for name in tensors):  # GPT-2's own files
         tensors = {name if name == HEAD else prefix + name: x for name, x in tensors.items()}
     if config.n_layer > len(tensors):
         raise ValueError(f"{folder}: the config says {config.n_layer} layers, the files hold {len(tensors)} tensors")
-    embedding = next(name_pairs(config))[0] + ".weight"
+    embedding = f"{prefix}{next(iter(table))}.weight"
     if config.tied and HEAD in tensors:  # a tied table may be stored under either name, or both
-        if embedding not in tensors:
-            tensors[embedding] = tensors.pop(HEAD)
-        elif tensors[HEAD].equals(tensors[embedding]):
-            del tensors[HEAD]
-        else:  # two different tables: the files hold what was trained, whatever the config says
+        head = tensors.pop(HEAD)
+        other = tensors.setdefault(embedding, head)
+        if head.shape != other.shape or (head.read() != other.read()).any():
+            tensors[HEAD] = head  # two different tables: the files hold what was trained, whatever the config says
             config = dataclasses.replace(config, tied=False)
     return config, tensors
 
@@ -162,15 +150,10 @@ def save_pretrained(folder: str, model: Decoder, dtype: torch.dtype = torch.floa
     os.makedirs(folder, exist_ok=True)
     ours = model.state_dict()
     theirs = {}
-    for name, modules, conv in name_pairs(model.config):
-        for part in ("weight", "bias"):
-            tensors = [ours[f"{module}.{part}"] for module in modules if f"{module}.{part}" in ours]
-            if tensors:
-                x = torch.cat(tensors)
-                theirs[f"{name}.{part}"] = x.T if conv and part == "weight" else x
-    if not model.config.tied:
-        theirs[HEAD] = ours["head.weight"]
-    write_safetensors(os.path.join(folder, "model.safetensors"), {name: x.to(dtype) for name, x in theirs.items()})
+    for name, parts, transposed in name_pairs(model.config, ours):
+        x = torch.cat([ours[part] for part in parts]).to(dtype)
+        theirs[name] = x.T if transposed else x
+    write_safetensors(os.path.join(folder, "model.safetensors"), theirs)
     write_json(os.path.join(folder, "config.json"), write_config(model.config), indent=2)
 
 
@@ -265,10 +248,9 @@ def read_rope(theirs: dict) -> dict:
     rope.update(theirs.get("rope_parameters") or {})
     if "original_max_position_embeddings" in theirs:
         rope["original_max_position_embeddings"] = theirs["original_max_position_embeddings"]
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        raise ValueError(
-            f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; our decoder rotates all of a head"
-        )
+    share = rope.get("partial_rotary_factor")
+    if share not in (None, 1):
+        raise ValueError(f"partial_rotary_factor is {share!r}; our decoder rotates all of a head")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE:
         raise ValueError(f"rotary scaling {kind!r}; we have {', '.join(ROPE)}")
@@ -335,10 +317,8 @@ def read_bin(path: str) -> dict[str, LazyTensor]:
     """
     refuse_lfs_pointer(path)
     try:
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files older than PyTorch 1.6 cannot be mapped
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        can_be_mapped = zipfile.is_zipfile(path)  # as all are that PyTorch 1.6 or a newer one wrote
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
         return {name: LazyTensor(x.shape, lambda x=x: x) for name, x in tensors.items()}
     except Exception as e:  # torch.load raises many kinds of errors
         raise ValueError(f"{path} is not a file of tensors alone, or was cut off ({type(e).__name__})") from None
@@ -386,10 +366,8 @@ def read_tensor(path: str, dtype: torch.dtype, shape: list[int], start: int) -> 
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype)
-    with open(path, "rb") as f:
-        offset = start % mmap.ALLOCATIONGRANULARITY  # a mapping starts at the beginning of a page
-        data = mmap.mmap(f.fileno(), offset + count * dtype.itemsize, offset=start - offset, access=mmap.ACCESS_COPY)
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=offset).view(shape)
+    data = np.memmap(path, mode="c", offset=start, shape=count * dtype.itemsize)  # c: changes stay in memory
+    return torch.from_numpy(data).view(dtype).view(shape)
 
 
 def write_safetensors(path: str, tensors: dict[str, Tensor]):

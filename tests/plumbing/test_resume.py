@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(rows, short,
     argv = [*SMALL, "--data", rows, "--resume", "--out"]
     with open(os.path.join(short, "last.pt"), "rb") as f:
         content = f.read()
-    for i, damaged in enumerate((content[: len(content) // 2], b"", content[:2000] + b"\0" * 500 + content[2500:])):
+    for i, damaged in enumerate((b"", content[:2000] + b"\0" * 500 + content[2500:])):
         out = tmp_path / str(i)
         shutil.copytree(short, out)
         (out / "last.pt").write_bytes(damaged)

@@ -43,8 +43,8 @@ def no_tokenizers(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
 
 
-def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def edit(folder, name, **changes):
@@ -262,9 +262,16 @@ def write_gpt2(folder, style, added_tokens_decoder):
         edit(folder, "special_tokens_map.json", additional_special_tokens=["<|im_end|>"], **names)
 
 
-@pytest.mark.parametrize("engine", ["with tokenizers", "without"])
 @pytest.mark.parametrize("added_tokens_decoder", [False, slow(True)])
-@pytest.mark.parametrize("style", ["4", "json", slow("4 and json"), slow("4 and stale json")])
+@pytest.mark.parametrize(
+    "style, engine",
+    [
+        ("4", "with tokenizers"),
+        ("json", "without"),
+        *(slow(style, "with tokenizers") for style in ("json", "4 and json", "4 and stale json")),
+        *(slow(style, "without") for style in ("4", "4 and json", "4 and stale json")),
+    ],
+)
 def test_added_tokens_are_the_same_in_every_layout(style, added_tokens_decoder, engine, plain, tmp_path, request):
     if engine == "without":
         request.getfixturevalue("no_tokenizers")
@@ -329,18 +336,18 @@ def test_the_merges_and_not_the_ids_say_what_is_merged_first(byte_level, no_toke
     assert [len(vocab) - 1 - i for i in ids] == trained.encode("the cat sat").ids
 
 
-def test_a_vocab_json_of_a_model_that_cuts_text_otherwise_is_not_taken_for_gpt2_s(tmp_path, no_tokenizers):
+def test_a_vocab_json_of_a_model_that_cuts_text_otherwise_is_not_taken_for_gpt2_s(byte_level, no_tokenizers):
     """SmolLM, say, has GPT-2's files and splits digits: its tokenizer.json says so."""
-    write_gpt2(tmp_path / "m", "4 and json", True)
-    cut = read_json(tmp_path / "m" / "tokenizer.json")["pre_tokenizer"]
+    folder, _ = byte_level
+    cut = read_json(folder / "tokenizer.json")["pre_tokenizer"]
     digits = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, cut]}
-    edit(tmp_path / "m", "tokenizer.json", pre_tokenizer=digits)
+    edit(folder, "tokenizer.json", pre_tokenizer=digits)
     with pytest.raises(ModuleNotFoundError, match="tokenizer.json needs the package tokenizers: pip install"):
-        Tokenizer.load(tmp_path / "m")
-    os.remove(tmp_path / "m" / "tokenizer.json")
-    edit(tmp_path / "m", "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+        Tokenizer.load(folder)
+    os.remove(folder / "tokenizer.json")
+    edit(folder, "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
     with pytest.raises(ValueError, match="has a Qwen2Tokenizer, which needs its tokenizer.json"):
-        Tokenizer.load(tmp_path / "m")
+        Tokenizer.load(folder)
 
 
 def test_tokenizer_json_decides_over_what_lies_beside_it(m656):
@@ -357,14 +364,15 @@ def test_an_added_token_that_cannot_have_its_id_is_refused(m656):
             Tokenizer.load(m656)
 
 
-def test_gpt2_s_settings_of_the_beginning_are_used(tmp_path):
-    pytest.importorskip("tokenizers", reason="pip install tokenizers")
-    write_gpt2(tmp_path / "m", "4", True)
-    edit(tmp_path / "m", "tokenizer_config.json", add_bos_token=True, add_prefix_space=True)
-    tokenizer = Tokenizer.load(tmp_path / "m")
-    assert tokenizer.prompt("Hello world") == [50256, 18435, 995]
-    edit(tmp_path / "m", "tokenizer_config.json", bos_token="<|im_end|>")
-    assert Tokenizer.load(tmp_path / "m").prompt("Hello world") == [50259, 18435, 995]
+def test_gpt2_s_settings_of_the_beginning_are_used(byte_level):
+    folder, trained = byte_level
+    os.remove(folder / "tokenizer.json")
+    edit(folder, "tokenizer_config.json", add_bos_token=True, add_prefix_space=True, bos_token="<s>")
+    assert Tokenizer.load(folder).prompt("the cat") == [0, *trained.encode(" the cat").ids]
+    i = trained.get_vocab_size()
+    decoder = {str(i): entry(i, "<|im_end|>")}  # a beginning that vocab.json has not
+    edit(folder, "tokenizer_config.json", bos_token="<|im_end|>", added_tokens_decoder=decoder)
+    assert Tokenizer.load(folder).prompt("the cat") == [i, *trained.encode(" the cat").ids]
 
 
 # -- The end, and the model's table ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -49,10 +50,11 @@ def test_the_same_seed_is_the_same_run_and_another_seed_another(rows, short, tmp
         assert same_run(out, short) == same
 
 
-COMPILED = pytest.param(["--compile"], marks=pytest.mark.slow)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("options", [COMPILED, ["--checkpoint"], ["--compile", "--checkpoint"]])
+@pytest.mark.parametrize("options", [slow(["--compile"]), ["--checkpoint"], slow(["--compile", "--checkpoint"])])
 def test_compile_and_checkpoint_act_and_change_no_result(options, rows, short, tmp_path, monkeypatch):
     quick = functools.partial(compile_parts, backend="eager")  # traces, and generates no code
     monkeypatch.setattr(train, "compile_parts", quick)
@@ -70,6 +72,15 @@ def test_compile_and_checkpoint_act_and_change_no_result(options, rows, short, t
     for mine, other in zip(RunFolder(out).read_log(), RunFolder(short).read_log(), strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert mine["val"] == pytest.approx(other["val"], rel=1e-4)
+
+
+def test_what_compile_compiles_is_what_trains(rows, tmp_path, monkeypatch):
+    """In every method's tests, compiled equals eager."""
+    compiled, trained, real = [], [], train.add_gradients
+    monkeypatch.setattr(train, "compile_parts", lambda *parts: compiled.append(parts))
+    monkeypatch.setattr(train, "add_gradients", lambda *args: trained.append(args[:2]) or real(*args))
+    train.main([*SMALL, "--steps", "1", "--data", rows, "--out", str(tmp_path / "x"), "--compile"])
+    assert compiled == trained
 
 
 def test_what_does_not_work_together_is_refused(monkeypatch, capsys):
@@ -107,9 +118,9 @@ def test_a_rate_of_zero_is_a_rate_and_not_the_method_s_default(rows, tmp_path):
     assert all(torch.equal(x, initial[name]) for name, x in tensors(out).items())
 
 
-@pytest.mark.parametrize("method", ["iapt", "lora", "full"])
+@pytest.mark.parametrize("method", ["iapt", slow("lora"), "full"])
 def test_a_warm_start_begins_with_what_another_run_has_trained_and_resumes_as_any_run(method, rows, tmp_path):
-    first, second, third = (str(tmp_path / name) for name in "abc")
+    first, second, third = str(tmp_path / "a"), str(tmp_path), str(tmp_path / "c")  # first is in second, and not it
     common = [*SMALL, "--steps", "2", "--data", rows, "--method", method]
     train.main([*common, "--out", first])
     train.main([*common, "--out", second, "--warm-start", first, "--lr", "0", "--seed", "1"])
@@ -118,7 +129,6 @@ def test_a_warm_start_begins_with_what_another_run_has_trained_and_resumes_as_an
     assert not same_run(first, third)
     status, text = run_in(train, *common, "--out", third, "--resume")
     assert status == 1 and f"warm_start was {first!r}" in text
-    assert run_in(train, *common, "--out", str(tmp_path), "--warm-start", first)[0] == 0  # first is in it, and not it
     shutil.rmtree(first)  # what it was trained from is in its checkpoints
     assert run_in(train, *common, "--out", third, "--resume", "--warm-start", first)[0] == 0
 
@@ -177,20 +187,25 @@ TEXTS = [
 
 @pytest.mark.parametrize(
     "where",
-    [["data", "tiny"], ["tokenizers", "gpt2"], ["tokenizers", "llama3"], ["checkpoints", "tinystories-656k-llama"]],
+    [
+        ["data", "tiny"],
+        ["tokenizers", "gpt2"],
+        slow(["tokenizers", "llama3"]),
+        ["checkpoints", "tinystories-656k-llama"],
+    ],
 )
 def test_exact_match_agrees_with_the_answers_for_every_kind_of_tokenizer_and_with_end_tokens_in_texts(where):
     """A small model learns some rows by heart, and others not: the share that is scored is the share that it says."""
     tokenizer = Tokenizer.load(TINY if where[0] == "data" else shared(*where))
     rows = [{"instruction": f"say {i}", "output": text} for i, text in enumerate(TEXTS)]
     if where[-1] == "tinystories-656k-llama":
-        rows = [row for row in rows if "</s>" not in row["output"]]  # it has no token for <
+        rows = [row for row in rows if not {"</s>", "é"} & {*row["output"].split()}]  # it has no tokens for < and é
     torch.manual_seed(0)
-    model = sample.Decoder(Config(tokenizer.vocab_size, 96, n_layer=1, n_head=2, n_embd=32, arch="llama"))
+    model = sample.Decoder(Config(tokenizer.vocab_size, 96, n_layer=1, n_head=2, n_embd=16, arch="llama"))
     examples = encode(rows, tokenizer, 96)
-    idx, targets, _ = collate(examples[:3], 96)
+    idx, targets, _ = collate(examples[: len(rows) // 2], 96)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
-    for _ in range(100):
+    for _ in range(80):
         optimizer.zero_grad()
         model(idx, targets=targets).backward()
         optimizer.step()
@@ -544,10 +559,9 @@ def test_what_a_user_can_mend_is_one_line_and_status_2_if_it_is_the_command(stat
     assert not (tmp_path / "x").exists()  # nothing half-written
 
 
-SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("experiments.bench", "experiments.plots")]
-
-
-@pytest.mark.parametrize("name", ["train", "sample", "data.prepare", *SLOWER])
+@pytest.mark.parametrize(
+    "name", ["train", "sample", "data.prepare", slow("experiments.bench"), slow("experiments.plots")]
+)
 def test_every_flag_refuses_nonsense_in_one_line(name, rows, trained, tmp_path, no_hub, monkeypatch):
     script = importlib.import_module(name)
     needed = {
@@ -590,9 +604,10 @@ def test_a_console_that_lacks_a_character_shows_its_code_and_loses_nothing(monke
     assert console.buffer.getvalue() == b"\xe9 \\u5317\\u4eac\nsaved\n"
 
 
-def test_a_command_that_is_wrong_prints_one_line_and_exits_with_2():
-    command = [sys.executable, os.path.join(ROOT, "train.py"), "--steps", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and done.stdout == ""
+def test_a_command_that_is_wrong_prints_one_line_and_exits_with_2(monkeypatch, capsys):
+    """Run as a script, not by its main()."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "0"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(os.path.join(ROOT, "train.py"), run_name="__main__")
     wanted = "error: argument --steps: must be from 1 to 2^40, got 0 (train.py --help shows the options)\n"
-    assert done.stderr == wanted
+    assert stopped.value.code == 2 and capsys.readouterr() == ("", wanted)
