@@ -5,15 +5,15 @@
     Cache                                            keys and values already computed
     Decoder                                          hidden, or read, write, answer;  forward, prefill, step
 
-Beside a plain decoder, one thing is new: before each block it asks the tuner for soft tokens to attend to, when a whole
-sequence is read.  `step` writes one more token, and takes no tuner: by then they are entries of the cache.
+Beside a plain decoder, one thing is new: what reads a sequence asks the tuner, before each block, for soft tokens to
+attend to.  `step` writes one more token, and takes no tuner: by then they are entries of the cache.
 
 Letters for shapes, here and everywhere: B rows of a batch, T tokens, P soft tokens, C n_embd, H heads, G key/value
 heads, D head size, V vocabulary, L layers.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,8 +32,7 @@ class Config:
         'gpt2'    learned     LayerNorm   tanh-GELU    everywhere
         'llama'   rotary      RMSNorm     SwiGLU       where `attn_bias`, `mlp_bias` say so
 
-    Zeros are derived: n_kv_head = n_head (fewer: grouped-query attention), head_dim = n_embd / n_head, n_inner =
-    4 n_embd for GPT-2 and 8/3 n_embd, rounded up to a multiple of 32, for LLaMA.
+    Zeros are derived: n_kv_head = n_head, head_dim = n_embd / n_head, n_inner = 4 n_embd, or 8/3 n_embd for LLaMA.
     """
 
     vocab_size: int
@@ -55,17 +54,11 @@ class Config:
     def __post_init__(self):
         if self.arch not in ("gpt2", "llama"):
             raise ValueError(f"arch must be 'gpt2' or 'llama', got {self.arch!r}")
-        if self.arch == "gpt2":
-            self.attn_bias = self.mlp_bias = True
+        gpt2 = self.arch == "gpt2"
+        self.attn_bias, self.mlp_bias = self.attn_bias or gpt2, self.mlp_bias or gpt2
         self.n_kv_head = self.n_kv_head or self.n_head
-        if not self.head_dim and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
-        if self.arch == "llama" and self.head_dim % 2:
-            raise ValueError(f"rotary positions turn pairs: head_dim must be even, got {self.head_dim}")
-        self.n_inner = self.n_inner or (4 * self.n_embd if self.arch == "gpt2" else -(-self.n_embd * 8 // 96) * 32)
+        self.n_inner = self.n_inner or (4 * self.n_embd if gpt2 else -(-self.n_embd * 8 // 96) * 32)
 
 
 class Soft(NamedTuple):
@@ -73,15 +66,13 @@ class Soft(NamedTuple):
 
     k: Tensor  # (B, G, P, D)
     v: Tensor  # (B, G, P, D)
-    keep: Tensor | None = None  # (B or 1, P), False on what a row lacks; None: every row has all of them
+    keep: Tensor | None = None  # (B or 1, 1, 1, P), False on what a row lacks; None: every row has all of them
 
-    def mask(self) -> Tensor:
-        """`keep` for attention, spelled out: (B or 1, 1, 1, P)."""
-        keep = self.k.new_ones(1, self.k.shape[2], dtype=torch.bool) if self.keep is None else self.keep
-        return keep[:, None, None]
+    def kept(self) -> Tensor:
+        return self.k.new_ones(1, 1, 1, self.k.shape[2], dtype=torch.bool) if self.keep is None else self.keep
 
 
-class SoftTokens(NamedTuple):
+class Context(NamedTuple):
     """What a layer may look at beside the tokens: in the tokens' softmax, and in a softmax of its own."""
 
     joined: Soft | None = None
@@ -92,29 +83,21 @@ class SoftTokens(NamedTuple):
         return (k, v) if self.joined is None else (torch.cat((k, self.joined.k), 2), torch.cat((v, self.joined.v), 2))
 
 
-NO_SOFT = SoftTokens()
+NO_CONTEXT = Context()
 
 
 def rotary(c: Config, pos: Tensor) -> tuple[Tensor, Tensor]:
-    """Angles of the rotary embedding: pos (.., T) -> cos, sin (.., 1, T, D), for `rotate` below.
-
-    Pair i of a head turns by pos * theta^(-2i/D).  Pairs are (i, i + D/2), as in the weights on the hub.
-    """
+    """pos (.., T) -> cos, sin (.., 1, T, D) for `rotate`: pair i of a head (i, i + D/2) turns by pos theta^(-2i/D)."""
     # In fp32 whatever the weights' dtype: bf16 has 8 bits, too few to tell positions apart.
     freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=pos.device).float() / c.head_dim)
-    angle = pos[..., None].float() * (scale_frequencies(freq, **c.rope_scaling) if c.rope_scaling else freq)
+    if scaling := c.rope_scaling:  # for a longer context: 'linear' slows all frequencies, 'llama3' the slow ones
+        low, high = scaling.get("low_freq_factor", 1), scaling.get("high_freq_factor", 4)
+        turns = scaling.get("original_max_position_embeddings", 0) * freq / (2 * torch.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = kept * freq + (1 - kept) * freq / scaling["factor"]
+    angle = pos[..., None].float() * freq
     angle = torch.cat((angle, angle), -1)[..., None, :, :]
     return angle.cos(), angle.sin()
-
-
-def scale_frequencies(freq: Tensor, rope_type: str, factor: float, **llama3) -> Tensor:
-    """Frequencies (D/2,) for a context `factor` times longer: 'linear' slows all of them, 'llama3' the slow ones."""
-    if rope_type == "linear":
-        return freq / factor
-    low, high = llama3["low_freq_factor"], llama3["high_freq_factor"]
-    turns = llama3["original_max_position_embeddings"] * freq / (2 * torch.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return kept * freq + (1 - kept) * freq / factor
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -149,7 +132,7 @@ class Attention(nn.Module):
         """What q (B, H, T, D) finds in k, v (B, G, S, D), and in separate soft tokens, projected: (B, T, C)."""
         y = attend(q, k, v, mask, causal=mask is None)
         if separate is not None:
-            y = y + attend(q, separate.k, separate.v, None if separate.keep is None else separate.mask())
+            y = y + attend(q, *separate)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -194,45 +177,46 @@ class Block(nn.Module):
         s = self.ln_1(s)  # at rotary position 0, where the rotation is the identity
         return Soft(self.attn.heads(self.attn.k(s)), self.attn.heads(self.attn.v(s)))
 
-    def forward(self, x: Tensor, rope: tuple | None, soft: SoftTokens = NO_SOFT, mask: Tensor | None = None
+    def forward(self, x: Tensor, rope: tuple | None, soft: Context = NO_CONTEXT, mask: Tensor | None = None
                 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """x (B, T, C) -> x (B, T, C) and its own keys and values (B, G, T, D); mask as of `attention_mask`."""
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
         x = x + self.attn.mix(q, *soft.join(k, v), mask, soft.separate)
         return x + self.mlp(self.ln_2(x)), k, v
 
-    def step(self, x: Tensor, rope: tuple | None, cached: "CachedLayer", at: Tensor) -> Tensor:
+    def step(self, x: Tensor, rope: tuple | None, cached: Context, at: Tensor) -> Tensor:
         """One token a row: x (B, 1, C) -> (B, 1, C).  Writes its key and value at index `at` (B,) of the cache."""
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
+        keys, values, keep = cached.joined
         rows = torch.arange(len(x), device=x.device)
-        cached.k[rows, :, at] = k[:, :, 0]
-        cached.v[rows, :, at] = v[:, :, 0]
-        cached.mask[rows, :, :, at] = True
-        x = x + self.attn.mix(q, *cached)
+        keys[rows, :, at] = k[:, :, 0]
+        values[rows, :, at] = v[:, :, 0]
+        keep[rows, :, :, at] = True
+        x = x + self.attn.mix(q, keys, values, keep, cached.separate)
         return x + self.mlp(self.ln_2(x))
 
 
 def attention_mask(T: int, joined: Soft | None) -> Tensor | None:
     """(.., T, T + P), True where a token may look: at tokens up to itself, and at P soft tokens joined behind them."""
     if joined is None:
-        return None  # plain causal attention: so it always is for IAPT
+        return None  # plain causal attention
     causal = torch.ones(T, T, dtype=torch.bool, device=joined.k.device).tril()
-    soft = joined.mask()
-    return torch.cat((causal.expand(*soft.shape[:2], -1, -1), soft.expand(-1, -1, T, -1)), -1)
+    keep = joined.kept()
+    return torch.cat((causal.expand(len(keep), 1, -1, -1), keep.expand(-1, -1, T, -1)), -1)
 
 
 class Tuner(nn.Module):
     """A way to tune a frozen decoder.  Override what you need: the defaults do nothing.
 
-    The decoder hands over hidden states x (B, T, C) and instr (B, T), True on the prompt.  Read nothing else: the
-    rest is padding and the response, and a prompt that has seen the response has seen the labels.  Keep nothing
-    between calls, so that nothing stale survives a step.
+    It gets hidden states x (B, T, C) and instr (B, T), True on the prompt.  Read nothing else: the rest is the answer,
+    and a prompt that has seen the answer has seen the labels.  Keep nothing between calls: it would become stale.
     """
 
     lr = 1e-2  # the default of train.py's --lr
     separate = False  # whether its soft tokens get a softmax of their own, whose result is added
     act = "all"  # on all tokens; "answer": the frozen model reads the prompt, and the tuner acts from its last token on
     acts = ("all", "answer")  # what `act` can be
+    silent = nullcontext  # with tuner.silent(): it does nothing
 
     def start(self, model: "Decoder"):
         """Once, before training: set parameters that start from the frozen model's own."""
@@ -255,26 +239,22 @@ class Tuner(nn.Module):
         s = self.soft_tokens(l, x, instr)
         return None if s is None else block.soft_kv(s.to(x.dtype))
 
-    def soft(self, block: Block, l: int, x: Tensor, instr: Tensor) -> SoftTokens:
+    def context(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Context:
         """`kv` in x's dtype, joined or separate."""
         soft = self.kv(block, l, x, instr)
         if soft is None:
-            return NO_SOFT
+            return NO_CONTEXT
         soft = Soft(soft.k.to(x.dtype).contiguous(), soft.v.to(x.dtype).contiguous(), soft.keep)
-        return SoftTokens(separate=soft) if self.separate else SoftTokens(joined=soft)
+        return Context(separate=soft) if self.separate else Context(joined=soft)
 
-    def write(self, model: "Decoder", states: list[Tensor], instr: Tensor) -> list[SoftTokens]:
-        """Once a prompt, with act = "answer": what entered each layer of the frozen model -> each layer's `soft`."""
-        return [self.soft(block, l, x, instr) for l, (block, x) in enumerate(zip(model.h, states))]
-
-    def silent(self) -> AbstractContextManager:
-        """A with block in which the tuner does nothing."""
-        return nullcontext()
+    def write(self, model: "Decoder", states: list[Tensor], instr: Tensor) -> list[Context]:
+        """Once a prompt, with act = "answer": what entered each layer of the frozen model -> each layer's `context`."""
+        return [self.context(block, l, x, instr) for l, (block, x) in enumerate(zip(model.h, states))]
 
     def around_blocks(self, model: "Decoder", x: Tensor, rope: tuple | None, instr: Tensor | None,
                       cache: "Cache | None") -> Tensor:  # fmt: skip
         """Once a sequence: embeddings x (B, T, C) through the blocks.  Prompt tuning adds tokens here (embedded.py)."""
-        return model.blocks(x, rope, lambda l, x: self.soft(model.h[l], l, x, instr), cache)
+        return model.blocks(x, rope, lambda l, x: self.context(model.h[l], l, x, instr), cache)
 
     def groups(self, lr: float) -> list[dict]:
         """Parameter groups for the optimizer, where some parameters want another rate than lr."""
@@ -284,20 +264,10 @@ class Tuner(nn.Module):
 NO_TUNER = Tuner()  # the frozen model alone
 
 
-class CachedLayer(NamedTuple):
-    """A layer's part of a `Cache`: S tokens, then the P soft tokens joined with them."""
-
-    k: Tensor  # (B, G, S + P, D)
-    v: Tensor  # (B, G, S + P, D)
-    mask: Tensor  # (B, 1, 1, S + P), True where the next token may look
-    separate: Soft | None = None
-
-
 class Cache:
-    """Keys and values of right-padded prompts, with `room` for more tokens.
+    """Keys and values of right-padded prompts, with `room` for more tokens, as a `Context` of each layer.
 
-    Each row goes on at its own length, over its own padding, so prompts of different lengths decode together.  Shapes
-    never change, so a decode step is compiled once.
+    Each row goes on at its own length, over its own padding.  Shapes never change: a decode step is compiled once.
     """
 
     def __init__(self, length: Tensor, room: int = 0):
@@ -308,20 +278,15 @@ class Cache:
     def append(self, k: Tensor, v: Tensor):
         """Add a layer's keys and values (B, G, T, D)."""
         k, v = F.pad(k, (0, 0, 0, self.room)), F.pad(v, (0, 0, 0, self.room))
-        mask = torch.arange(k.shape[2], device=k.device) < self.at[:, None]
-        self.layers.append(CachedLayer(k, v, mask[:, None, None]))
+        keep = torch.arange(k.shape[2], device=k.device) < self.at[:, None]
+        self.layers.append(Context(Soft(k, v, keep[:, None, None])))
 
-    def add(self, l: int, soft: SoftTokens):
+    def add(self, l: int, soft: Context):
         """Add soft tokens to layer l."""
-        k, v, mask, _ = self.layers[l]
+        k, v, keep = self.layers[l].joined
         if soft.joined is not None:
-            mask = torch.cat((mask, soft.joined.mask().expand(len(mask), -1, -1, -1)), -1)
-        self.layers[l] = CachedLayer(*soft.join(k, v), mask, soft.separate)
-
-    def seen_by(self, l: int, x: Tensor) -> SoftTokens:
-        """All of layer l, for tokens x (B, T, C) that follow; a cache of one row does for B."""
-        k, v, mask, separate = self.layers[l]
-        return SoftTokens(Soft(k.expand(len(x), -1, -1, -1), v.expand(len(x), -1, -1, -1), mask[:, 0, 0]), separate)
+            keep = torch.cat((keep, soft.joined.kept().expand(len(keep), -1, -1, -1)), -1)
+        self.layers[l] = Context(Soft(*soft.join(k, v), keep), soft.separate)
 
 
 class Decoder(nn.Module):
@@ -345,10 +310,10 @@ class Decoder(nn.Module):
         return (x, rotary(self.config, pos)) if self.wpe is None else (x + self.wpe(pos), None)
 
     def hidden(self, idx: Tensor, instr: Tensor | None = None, tuner: Tuner | None = None, cache: Cache | None = None,
-               needed: Tensor | None = None) -> Tensor:  # fmt: skip
+               n: int | None = None) -> Tensor:  # fmt: skip
         """The last hidden states (B, T, C) of right-padded tokens idx (B, T); instr (B, T): True on the prompt.
 
-        needed (B, T): where they will be used; elsewhere they may be anything.
+        n: how many will be used, at most, from each prompt's last token on.  The others may be anything.
         """
         T, limit, tuner = idx.shape[1], self.config.block_size, tuner or NO_TUNER
         if T > limit:
@@ -356,11 +321,11 @@ class Decoder(nn.Module):
         if tuner is not NO_TUNER and instr is None:
             raise ValueError("a tuner needs instr (B, T), True on the instruction's tokens: it got None")
         if tuner.act == "answer":
-            return self.read_write_answer(idx, instr, tuner, needed)
+            return self.read_write_answer(idx, instr, tuner, n)
         x, rope = self.embed(idx, torch.arange(T, device=idx.device))
         return self.ln_f(tuner.around_blocks(self, x, rope, instr, cache))
 
-    def blocks(self, x: Tensor, rope: tuple | None, soft: Callable[[int, Tensor], SoftTokens],
+    def blocks(self, x: Tensor, rope: tuple | None, soft: Callable[[int, Tensor], Context],
                cache: Cache | None = None) -> Tensor:  # fmt: skip
         """x (B, T, C) through all blocks.  soft(l, x): what layer l, which x enters, may look at beside x."""
 
@@ -372,58 +337,52 @@ class Decoder(nn.Module):
                 cache.add(l, more)
             return x
 
-        recompute = self.checkpointing and torch.is_grad_enabled()
         for l in range(len(self.h)):
+            recompute = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(layer, l, x, use_reentrant=False) if recompute else layer(l, x)
         return x
 
-    def read_write_answer(self, idx: Tensor, instr: Tensor, tuner: Tuner, needed: Tensor | None) -> Tensor:
-        """`hidden`, for a tuner that acts on the answer alone, from the prompt's last token on.
-
-        The states before that are the frozen model's.  Only the answer's tokens have a gradient.
-        """
-        length, place = instr.sum(1), torch.arange(idx.shape[1], device=idx.device)
-        end = place[-1:] + 1 if needed is None else (needed * (place + 1)).amax(1)
-        longest, n = torch.stack((length.max(), (end - length).max() + 1)).clamp(1).tolist()
+    def read_write_answer(self, idx: Tensor, instr: Tensor, tuner: Tuner, n: int | None) -> Tensor:
+        """`hidden`, for a tuner that acts from the prompt's last token on: what stands before is the frozen model's."""
+        length, T = instr.sum(1), idx.shape[1]
+        n, longest = n or T, int(length.max())
         x, cache = self.read(idx[:, :longest], length, tuner)
         at = cache.pos[:, None] + torch.arange(n, device=idx.device)  # (B, n)
         idx = F.pad(idx, (0, n))  # behind a row with a long prompt there may not be n tokens
         y = self.answer(idx.gather(1, at), cache)
         x = F.pad(x, (0, 0, 0, idx.shape[1] - longest))
-        return x.scatter(1, at[..., None].expand(-1, -1, x.shape[2]), y)[:, : len(place)]
+        return x.scatter(1, at[..., None].expand(-1, -1, x.shape[2]), y)[:, :T]
 
     def read(self, idx: Tensor, length: Tensor, tuner: Tuner = NO_TUNER, room: int = 0, past: Cache | None = None
              ) -> tuple[Tensor, Cache]:  # fmt: skip
         """The frozen model reads right-padded prompts idx (B, T) of `length` (B,) tokens; the tuner writes.
 
-        Returns hidden states (B, T, C), and a Cache that ends before each prompt's last token, the first one that
-        `answer` or `step` takes.  past: what the prompts go on from, read before as one row without padding.
+        Hidden states (B, T, C), and a Cache that ends before each prompt's last token: with that, `answer` or `step`
+        begins.  past: what prompts go on from; it has been read with a length one larger, so that its end is in it.
         """
         cache, place = Cache(length - 1, room), torch.arange(idx.shape[1], device=idx.device)
         instr = place < length[:, None]
-        with tuner.silent(), torch.no_grad():
-            x, rope = self.embed(idx, place if past is None else past.pos + place)
-
-            def look(l: int, x: Tensor) -> SoftTokens:
-                cache.states.append(x if past is None else torch.cat((past.states[l].expand(len(x), -1, -1), x), 1))
-                return NO_SOFT if past is None else past.seen_by(l, x)
-
-            x = self.ln_f(self.blocks(x, rope, look, cache))
         if past is not None:
+            place = past.pos[:, None] + place
             cache.pos += past.pos
-            instr = F.pad(instr, (past.states[0].shape[1], 0), value=True)
+            instr = torch.cat((past.layers[0].joined.keep[:, 0, 0], instr), 1)
+
+        def look(l: int, x: Tensor) -> Context:
+            cache.states.append(x if past is None else torch.cat((past.states[l], x), 1))
+            return NO_CONTEXT if past is None else past.layers[l]
+
+        with tuner.silent(), torch.no_grad():
+            x, rope = self.embed(idx, place)
+            x = self.ln_f(self.blocks(x, rope, look, cache))
         for l, soft in enumerate(tuner.write(self, cache.states, instr)):
             cache.add(l, soft)
         return x, cache
 
     def answer(self, idx: Tensor, cache: Cache) -> Tensor:
-        """The last hidden states of tokens idx (B, T) that follow what is in the cache: T steps at once.
-
-        With a gradient, and without writing into the cache.
-        """
+        """The last hidden states of tokens idx (B, T) that follow a cache: T steps at once, which leave it as it is."""
         pos = cache.pos[:, None] + torch.arange(idx.shape[1], device=idx.device)
         x, rope = self.embed(idx, pos.clamp(max=self.config.block_size - 1))  # padding may go beyond
-        return self.ln_f(self.blocks(x, rope, cache.seen_by))
+        return self.ln_f(self.blocks(x, rope, lambda l, _: cache.layers[l]))
 
     def forward(self, idx: Tensor, instr: Tensor | None = None, tuner: Tuner | None = None,
                 targets: Tensor | None = None) -> Tensor:  # fmt: skip
@@ -440,14 +399,13 @@ class Decoder(nn.Module):
     def prefill(self, idx: Tensor, length: Tensor, tuner: Tuner | None = None, room: int = 0, past: Cache | None = None
                 ) -> tuple[Tensor, Cache]:  # fmt: skip
         """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next one, and a Cache."""
-        rows = torch.arange(len(idx), device=idx.device)
+        last = torch.arange(len(idx), device=idx.device), length - 1
         if tuner is not None and tuner.act == "answer":
             _, cache = self.read(idx, length, tuner, room, past)
-            return self.step(idx[rows, length - 1], cache), cache
-        instr = torch.arange(idx.shape[1], device=idx.device) < length[:, None]  # all of a prompt is instruction
-        cache = Cache(length, room)
-        x = self.hidden(idx, instr, tuner, cache)
-        return self.head(x[rows, length - 1]), cache
+            return self.step(idx[last], cache), cache
+        cache, place = Cache(length, room), torch.arange(idx.shape[1], device=idx.device)
+        x = self.hidden(idx, place < length[:, None], tuner, cache)  # all of a prompt is instruction
+        return self.head(x[last]), cache
 
     @torch.no_grad()
     def step(self, idx: Tensor, cache: Cache) -> Tensor:

@@ -6,7 +6,7 @@
     python sample.py out/iapt "the past of go ?" --explain                          # what each soft token reads
     python sample.py --tenant out/iapt "the past of go ?" --tenant out/lora "the plural of mouse ?"     # one batch
 
-A map of this file: open_model, open_runs; generate, with sample_token; answer; main.
+A map of this file: open_model, open_runs; generate, with prefill and sample_token; answer; main.
 """
 
 import os
@@ -25,7 +25,7 @@ from data.template import Template, make_template
 from data.tokenizer import Tokenizer
 from iapt import IAPT, PaperIAPT
 from model import Cache, Decoder, Tuner
-from plumbing.beams import beam_search
+from plumbing.caches import beam_search, common_prefix, read_prefix
 from plumbing.checkpoint import load_checkpoint, load_into
 from plumbing.cli import Parser, UsageError, add_device_options, at_least, pick_device, run
 from plumbing.compiling import compiled_step
@@ -110,17 +110,15 @@ def generate(
         )
     if beams < 1 or beams > 1 and sampling.get("temperature"):
         raise ValueError(f"a beam search draws nothing: give {beams} beams or a temperature, not both")
-    device = model.wte.weight.device
-    idx = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
-    length = torch.tensor([len(p) for p in prompts], device=device)
     training = tuner is not None and tuner.training
-    logits, cache = model.prefill(idx, length, tuner.eval() if training else tuner, max_new)
+    tuner = tuner.eval() if training else tuner
+    logits, cache = prefill(model, prompts, tuner, max_new)
     if training:
         tuner.train()
     step = step or model.step
     if beams > 1:
         return beam_search(step, logits, cache, beams, max_new, stop, length_penalty)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(logits.device).manual_seed(seed)
     out, done = [[] for _ in prompts], [False] * len(prompts)
     for i in range(max_new):
         new = sample_token(logits, generator=generator, **sampling)
@@ -132,6 +130,18 @@ def generate(
             break
         logits = step(new, cache)
     return out
+
+
+def prefill(model: Decoder, prompts: list[list[int]], tuner: Tuner | None, room: int) -> tuple[Tensor, Cache]:
+    """`model.prefill` of lists of ids.  What they all begin with is read once, if the tuner leaves it as it is."""
+    n, past = common_prefix(prompts) if len(prompts) > 1 else 0, None
+    if n >= 16 and tuner is not None and tuner.act == "answer":
+        with tuner.silent():
+            past = read_prefix(model, prompts[0][:n], len(prompts))
+        prompts = [prompt[n:] for prompt in prompts]
+    device, longest = model.wte.weight.device, max(map(len, prompts))
+    idx = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+    return model.prefill(idx, torch.tensor([len(prompt) for prompt in prompts], device=device), tuner, room, past)
 
 
 def sample_token(

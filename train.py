@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from baselines import METHODS, build, describe_options, method, spell_out
+from baselines import METHODS, build, describe_options, spell_out
 from data import Batch, Batches, Example, encode, evenly_spaced, open_data, rows_fingerprint
 from data.files import label_words
 from data.scores import Score, accuracy, before_and_after, evaluate, score_table
@@ -78,8 +78,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     if "help" in args.o:
         print(describe_options(args.method))
         parser.exit()
-    method(args.method, args.act)
-    args.o = spell_out(args.method, args.o)  # a wrong option is found before anything is opened
+    args.o = spell_out(args.method, args.o, args.act)  # a wrong option is found before anything is opened
     args.out = args.out or os.path.join("out", args.method)
     if args.scratch and args.method != "full":
         parser.error(f"--scratch leaves nothing frozen for {args.method} to tune: add --method full")
@@ -183,7 +182,7 @@ def add_gradients(model: Decoder, tuner: Tuner, batch: Batch, parts: int) -> tup
     batch = distributed.local_rows(batch)
     for idx, targets, instr in zip(*(x.chunk(parts) for x in batch)):
         share = (targets >= 0).sum() / targets_in_batch  # the loss is the mean over this micro-batch
-        part = head_loss(model, model.hidden(idx, instr, tuner, needed=targets >= 0), targets) * share
+        part = head_loss(model, model.hidden(idx, instr, tuner, n=int((targets >= 0).sum(1).max())), targets) * share
         part.backward()
         loss += part.item()
     return loss, (batch.instr | (batch.targets >= 0)).sum().item()
@@ -260,8 +259,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.shard:
         distributed.shard(model, device)
         tuner.to(device)
-    if distributed.RANK == 0:
-        folder.lock()
+    folder.lock()
 
     shown = [row for name in session.tests for row in evenly_spaced(rows[name], 2)][:6]
     before = session.scores()
@@ -274,8 +272,7 @@ def main(argv: list[str] | None = None) -> dict:
     how = "all of it trains, in float32" if args.method == "full" else f"frozen in {str(dtype)[6:]} ({reason})"
     print(f"{args.init} on {model.wte.weight.device}, {how}")
     print(f"{args.data}: {', '.join(f'{name} {len(split):,}' for name, split in rows.items())} rows")
-    if distributed.RANK == 0:
-        folder.lock(args.force)  # with --force, what was there goes only now that nothing can be refused any more
+    folder.lock(args.force)  # with --force, what was there goes only now that nothing can be refused any more
     best = train(model, tuner, session.examples, args, meta)
 
     load_into(tuner, best, folder.best)

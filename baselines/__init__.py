@@ -55,9 +55,9 @@ def method(name: str, act: str = "all") -> type[Tuner]:
     return METHODS[name]
 
 
-def spell_out(name: str, options: Iterable[str]) -> list[str]:
+def spell_out(name: str, options: Iterable[str], act: str = "all") -> list[str]:
     """All options of a method as on the command line, those left out with their defaults: defaults may change."""
-    cls = method(name)
+    cls = method(name, act)
     values = {k: p.default for k, p in parameters(cls).items()} | parse_options(cls, name, options)
     return as_options(values)
 

@@ -24,7 +24,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from baselines.embedded import Embedded, EmbeddedTuner
 from baselines.hooks import Hooked, LoRA
 from iapt import IAPT
-from model import NO_TUNER, Block, Decoder, Soft, SoftTokens, Tuner
+from model import NO_TUNER, Block, Context, Decoder, Soft, Tuner
 
 Part = tuple[list[int], Tuner]  # rows of the batch, and the tuner that is asked for them
 
@@ -130,11 +130,11 @@ class Tenants(EmbeddedTuner):
             at[rows], n[rows] = part.at, part.n
         return Embedded(out, at, n)
 
-    def soft(self, block: Block, l: int, x: Tensor, instr: Tensor) -> SoftTokens:
+    def context(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Context:
         with self.silent():  # soft tokens pass the frozen norm and projections, not those of another tenant
-            return merge([(rows, tuner.soft(block, l, *own)) for rows, tuner, *own in self.ask(x, instr)], x)
+            return merge([(rows, tuner.context(block, l, *own)) for rows, tuner, *own in self.ask(x, instr)], x)
 
-    def write(self, model: Decoder, states: list[Tensor], instr: Tensor) -> list[SoftTokens]:
+    def write(self, model: Decoder, states: list[Tensor], instr: Tensor) -> list[Context]:
         self.check_rows(instr)
         with self.silent():
             parts = [(rows, tuner.write(model, [x[rows] for x in states], instr[rows])) for rows, tuner in self.parts]
@@ -146,14 +146,14 @@ class Tenants(EmbeddedTuner):
             raise ValueError(f"{len(x)} rows, but tenants of {len(self.tenant_of_row)}")
 
 
-def merge(parts: list[tuple[list[int], SoftTokens]], x: Tensor) -> SoftTokens:
+def merge(parts: list[tuple[list[int], Context]], x: Tensor) -> Context:
     """The soft tokens of some rows each as those of the whole batch x (B, ..).
 
     A row without separate ones sees zeros, which add nothing: a softmax over nothing is nan in some kernels.
     """
     joined = merge_rows([(rows, soft.joined) for rows, soft in parts], x, keep=False)
     separate = merge_rows([(rows, soft.separate) for rows, soft in parts], x, keep=True)
-    return SoftTokens(joined, separate)
+    return Context(joined, separate)
 
 
 def merge_rows(parts: list[tuple[list[int], Soft | None]], x: Tensor, keep: bool) -> Soft | None:
@@ -173,7 +173,7 @@ def merge_rows(parts: list[tuple[list[int], Soft | None]], x: Tensor, keep: bool
         k[rows, :, :n], v[rows, :, :n] = soft.k.to(k.dtype), soft.v.to(v.dtype)
         seen[rows] = torch.arange(P, device=x.device) < n
     complete = sum(len(rows) for rows, _ in parts) == len(x) and all(soft.k.shape[2] == P for _, soft in parts)
-    return Soft(k, v, None if complete else seen)  # a mask that hides nothing costs time at every step
+    return Soft(k, v, None if complete else seen[:, None, None])  # a mask that hides nothing costs time at every step
 
 
 class StackedIAPT(Tuner):

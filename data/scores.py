@@ -42,7 +42,7 @@ def score_examples(
     for rows in (torch.tensor(order[i : i + size]) for i in range(0, len(order), size)):
         idx, targets, instr = collate([examples[i] for i in rows], model.config.block_size, model.wte.weight.device)
         has_target = targets >= 0
-        hidden = model.hidden(idx, instr, tuner, needed=has_target)[has_target]
+        hidden = model.hidden(idx, instr, tuner, n=int(has_target.sum(1).max()))[has_target]
         parts = zip(hidden.split(1024), targets[has_target].split(1024), has_target.nonzero()[:, 0].split(1024))
         for x, target, row in parts:  # never all logits at once: they can be larger than everything else
             logits, row = model.head(x).float(), rows[row.cpu()]

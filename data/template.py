@@ -6,7 +6,6 @@ make_template("chat", tokenizer)   the layout that an instruction-tuned model kn
 """
 
 import datetime
-import functools
 import importlib.metadata
 import json
 import re
@@ -148,11 +147,14 @@ def compile_jinja(source: str) -> Callable[..., str]:
     if [int(number) for number in re.findall(r"\d+", version)[:3]] < [3, 1, 6]:  # a template could leave the sandbox
         raise ModuleNotFoundError(f"--template chat needs jinja2 3.1.6 or newer, not {version}: pip install -U jinja2")
 
+    def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # in transformers' order
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
     # transformers' own tag {% generation %} marks the answers, and prints what is inside it.

@@ -239,7 +239,7 @@ class Floor(Tuner):
 
 def training_loss(model: Decoder, tuner: Tuner, idx: Tensor, targets: Tensor, instr: Tensor) -> Tensor:
     """The loss of a batch, as train.py computes it."""
-    return head_loss(model, model.hidden(idx, instr, tuner, needed=targets >= 0), targets)
+    return head_loss(model, model.hidden(idx, instr, tuner, n=int((targets >= 0).sum(1).max())), targets)
 
 
 class TrainingStep:

@@ -20,6 +20,7 @@ import zipfile
 import torch
 
 from model import Tuner
+from plumbing import distributed
 from plumbing.files import refuse_lfs_pointer, replacing
 
 try:
@@ -140,8 +141,11 @@ class RunFolder:
     def lock(self, force: bool = False):
         """Make the folder and lock it until this process ends.  With `force`, remove the run that is in it.
 
-        Raises OSError if the folder cannot be written, FileExistsError if another process has locked it.
+        Of several processes of a run, the first one does.  Raises OSError if the folder cannot be written,
+        FileExistsError if another run has locked it.
         """
+        if distributed.RANK:
+            return
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise FileExistsError(f"{self.path} is a file, and not a folder: --out names another one")
         path = os.path.abspath(os.path.join(self.path, "lock"))

@@ -217,9 +217,20 @@ def read_config(path: str) -> Config:
     try:
         rope = read_rope(theirs) if arch == "llama" else {}
         check_values({CONFIG[arch].get(ours, ours): x for ours, x in {**values, **rope}.items()})
-        return Config(arch=arch, **{**HF_DEFAULTS[arch], **values, **rope})
+        return check_heads(Config(arch=arch, **{**HF_DEFAULTS[arch], **values, **rope}), "head_dim" in values)
     except (TypeError, ValueError, AttributeError) as e:
         raise ValueError(f"{path}: {str(e)[:300]}") from None
+
+
+def check_heads(c: Config, own_head_dim: bool) -> Config:
+    """The config.  Raises ValueError if its numbers of heads, or the size of one, do not go together."""
+    if not own_head_dim and c.n_embd % c.n_head:
+        raise ValueError(f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}")
+    if c.n_head % c.n_kv_head:
+        raise ValueError(f"n_head={c.n_head} is not a multiple of n_kv_head={c.n_kv_head}")
+    if c.arch == "llama" and c.head_dim % 2:
+        raise ValueError(f"rotary positions turn pairs: head_dim must be even, got {c.head_dim}")
+    return c
 
 
 def check_values(values: dict):

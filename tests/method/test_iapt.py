@@ -14,7 +14,7 @@ from conftest import right_padded, shake, small_model, small_tuner
 import iapt
 from baselines import Constants, PTuning2
 from iapt import IAPT, PaperGenerator, PaperIAPT, Rational, RationalFunction
-from model import Config, Soft, SoftTokens, Tuner, attention_mask, rotary
+from model import Config, Context, Soft, Tuner, attention_mask, rotary
 
 # -- The activation ----------------------------------------------------------------------------------------------------
 
@@ -124,7 +124,8 @@ def generator(cls=IAPT.generator, P=4):
 
 def hidden_states(lengths=(6, 3), T=8):
     """H (B, T, C) and instr (B, T)."""
-    return torch.randn(len(lengths), T, 32), right_padded(list(lengths), T)[1]
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(len(lengths), T, 32, generator=g), right_padded(list(lengths), T)[1]
 
 
 def nine_lines():
@@ -272,7 +273,7 @@ def test_prepending_soft_tokens_and_discarding_them_equals_extra_keys_and_values
     rope_of_all = None if rope is None else rotary(model.config, position)
     for l, block in enumerate(model.h):
         prepended, _, _ = block(torch.cat((tuner.soft_tokens(l, x, instr), x), 1), rope_of_all)
-        soft = tuner.soft(block, l, x, instr)
+        soft = tuner.context(block, l, x, instr)
         assert soft.separate is None
         x, _, _ = block(x, rope, soft, attention_mask(9, soft.joined))
         torch.testing.assert_close(x, prepended[:, 4:], atol=1e-5, rtol=1e-5)
@@ -286,7 +287,7 @@ def test_separate_soft_tokens_add_a_softmax_of_their_own_to_what_attention_finds
     after_attention = []
     block.ln_2.register_forward_pre_hook(lambda _, inputs: after_attention.append(inputs[0]))
     block(x, rope)
-    block(x, rope, SoftTokens(separate=Soft(k, v)))
+    block(x, rope, Context(separate=Soft(k, v)))
     q, _, _ = block.attn.qkv(block.ln_1(x), rope)
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     found = (q @ k.transpose(2, 3) / D**0.5).softmax(-1) @ v
@@ -312,14 +313,14 @@ def test_a_soft_token_that_is_not_kept_does_not_act(model):
     idx, _ = right_padded([5, 5], 5)
     x, rope = model.embed(idx, torch.arange(5))
     k, v, _ = block.soft_kv(torch.randn(2, 4, 32))
-    some = Soft(k, v, torch.tensor([[True] * 4, [True, False, True, False]]))
+    some = Soft(k, v, torch.tensor([[True] * 4, [True, False, True, False]])[:, None, None])
     fewer = Soft(k[1:, :, ::2], v[1:, :, ::2])
-    y, _, _ = block(x, rope, SoftTokens(joined=some), attention_mask(5, some))
-    wanted, _, _ = block(x[1:], rope, SoftTokens(joined=fewer), attention_mask(5, fewer))
+    y, _, _ = block(x, rope, Context(joined=some), attention_mask(5, some))
+    wanted, _, _ = block(x[1:], rope, Context(joined=fewer), attention_mask(5, fewer))
     torch.testing.assert_close(y[1:], wanted)
-    y, _, _ = block(x, rope, SoftTokens(separate=some))
-    torch.testing.assert_close(y[1:], block(x[1:], rope, SoftTokens(separate=fewer))[0])
-    assert not torch.allclose(y, block(x, rope, SoftTokens(separate=Soft(k, v)))[0])
+    y, _, _ = block(x, rope, Context(separate=some))
+    torch.testing.assert_close(y[1:], block(x[1:], rope, Context(separate=fewer))[0])
+    assert not torch.allclose(y, block(x, rope, Context(separate=Soft(k, v)))[0])
 
 
 def test_a_method_may_say_which_soft_tokens_are_kept(model):
@@ -330,7 +331,7 @@ def test_a_method_may_say_which_soft_tokens_are_kept(model):
             return super().kv(*args)._replace(keep=keep)
 
     idx, instr = right_padded([5, 5], 5)
-    soft = Some(model.config, P=3).soft(model.h[0], 0, model.embed(idx, torch.arange(5))[0], instr)
+    soft = Some(model.config, P=3).context(model.h[0], 0, model.embed(idx, torch.arange(5))[0], instr)
     assert soft.separate.keep is keep
 
 

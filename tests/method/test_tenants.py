@@ -86,10 +86,13 @@ def test_a_row_without_separate_soft_tokens_sees_zeros_and_no_row_a_mask_that_hi
     """A softmax over nothing is nan in some kernels; and a mask costs time at every step."""
     a, b, c = (tenant(*given, model, 0) for given in (("constants", "P=3"), ("constants", "P=5"), ("ptuning2", "P=2")))
     x, instr = torch.randn(3, 6, 32), torch.ones(3, 6, dtype=torch.bool)
-    joined, separate = Tenants([a, b, c], [0, 1, 2]).soft(model.h[0], 0, x, instr)
-    assert separate.keep.tolist() == [[True] * 3 + [False] * 2, [True] * 5, [True] * 5] and not separate.v[2].any()
-    assert joined.keep.tolist() == [[False] * 2, [False] * 2, [True] * 2]
-    joined, separate = Tenants([a, a], [0, 1, 1]).soft(model.h[0], 0, x, instr)
+    joined, separate = Tenants([a, b, c], [0, 1, 2]).context(model.h[0], 0, x, instr)
+    assert (
+        separate.keep[:, 0, 0].tolist() == [[True] * 3 + [False] * 2, [True] * 5, [True] * 5]
+        and not separate.v[2].any()
+    )
+    assert joined.keep[:, 0, 0].tolist() == [[False] * 2, [False] * 2, [True] * 2]
+    joined, separate = Tenants([a, a], [0, 1, 1]).context(model.h[0], 0, x, instr)
     assert joined is None and separate.keep is None
 
 
@@ -159,3 +162,30 @@ def test_an_embedding_tenant_that_adds_no_rows_still_acts(model):
     both = model(idx, instr, Tenants([Shift()], [0, -1]))
     torch.testing.assert_close(both[:1], model(idx[:1], instr[:1], Shift()))
     torch.testing.assert_close(both[1:], model(idx[1:]))
+
+
+@pytest.mark.parametrize("same", [20, 17, 5])
+def test_what_all_prompts_begin_with_is_read_once_and_nothing_changes(model, same, monkeypatch):
+    """For tenants that act on the answer alone: the frozen model's reading does for all of them."""
+    specs = [("iapt", "m=3"), ("ptuning2", "P=3"), ("lora", "r=2"), ("lora", "r=5"), ("constants", "P=2")]
+    tuners = [tenant(*spec, model, seed) for seed, spec in enumerate(specs)]
+    for tuner in tuners:
+        tuner.act = "answer"
+    start = torch.randint(1, 50, (same,)).tolist()
+    prompts = [start + torch.randint(1, 50, (i % 4,)).tolist() for i in range(6)]
+    read, rows = model.read, []
+    monkeypatch.setattr(model, "read", lambda idx, *more: rows.append(tuple(idx.shape)) or read(idx, *more))
+    tenants = Tenants(tuners, [*range(5), -1])
+    tenants.attach(model)
+    together = generate(model, prompts, tenants, max_new=5)
+    tenants.detach()
+    assert rows == ([(1, same - 1), (6, 4)] if same > 16 else [(6, same + 3)])
+    for prompt, new, tuner in zip(prompts, together, [*tuners, None]):
+        assert new == alone(model, tuner, lambda tuner, prompt=prompt: generate(model, [prompt], tuner, max_new=5))[0]
+
+
+def test_tenants_that_act_on_the_answer_share_no_batch_with_others(model):
+    a, b = (tenant("iapt", "m=3", model, seed) for seed in range(2))
+    a.act = "answer"
+    with pytest.raises(ValueError, match="act on all tokens and on the answer alone: ask them one after the other"):
+        Tenants([a, b], [0, 1])

@@ -80,7 +80,8 @@ def wrong_eps(monkeypatch):
 
 
 def rope_scaling_ignored(monkeypatch):
-    monkeypatch.setattr(model_py, "scale_frequencies", lambda freq, **scaling: freq)
+    real = pretrained.read_rope
+    monkeypatch.setattr(pretrained, "read_rope", lambda theirs: {**real(theirs), "rope_scaling": None})
 
 
 def rope_theta_ignored(monkeypatch):

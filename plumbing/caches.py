@@ -1,11 +1,14 @@
-"""Beam search, for --beams."""
+"""What becomes of a cache's rows: several hypotheses a row (beam search), or several rows that begin alike.
+
+A cache of `Decoder.read` is the frozen model's, so it does for all methods that act on the answer alone, and tenants.
+"""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from model import Cache
+from model import Cache, Decoder
 
 
 def beam_search(
@@ -49,11 +52,30 @@ def beam_search(
 
 def select_rows(cache: Cache, rows: Tensor):
     """Go on with the rows of these indices, in this order; a row may occur several times."""
+    change_rows(cache, lambda x: x[rows])
 
-    def select(x):
+
+def change_rows(cache: Cache, change: Callable[[Tensor], Tensor]):
+    """Change all tensors (B, ..) of a cache."""
+
+    def changed(x):
         if isinstance(x, tuple):
-            return type(x)(*map(select, x))
-        return None if x is None else x[rows]
+            return type(x)(*map(changed, x))
+        return None if x is None else change(x)
 
-    cache.layers = [select(layer) for layer in cache.layers]
-    cache.at, cache.pos = cache.at[rows], cache.pos[rows]
+    cache.layers, cache.states = [changed(layer) for layer in cache.layers], [changed(x) for x in cache.states]
+    cache.at, cache.pos = change(cache.at), change(cache.pos)
+
+
+def read_prefix(model: Decoder, ids: list[int], rows: int) -> Cache:
+    """What `rows` prompts begin with: read once, for `prefill(..., past=...)`; not copied, until tokens are written."""
+    idx = torch.tensor([ids], device=model.wte.weight.device)
+    _, cache = model.read(idx, torch.tensor([len(ids) + 1], device=idx.device))
+    change_rows(cache, lambda x: x.expand(rows, *x.shape[1:]))
+    return cache
+
+
+def common_prefix(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with, less than the shortest has."""
+    shortest = min(map(len, prompts)) - 1
+    return next((i for i in range(shortest) if len({prompt[i] for prompt in prompts}) > 1), shortest)
