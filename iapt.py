@@ -11,17 +11,17 @@ few soft tokens: extra keys and values that attention can look at.  This is one 
         return keys, values + S.repeat(3, 1)                                 # 3 P learned keys, 3 P learned values + S
     #   and in attention:  y = attend(q, k_words, v_words) + attend(q, k_soft, v_soft)
 
-H (T, C) are the hidden states that enter the layer, of T tokens; instr (T,) is True on the prompt.  m is much smaller
-than C; K is the width of a layer's values.  R is a learned activation, which starts as GELU.  Trained are W_down and,
-in each layer, W_sa, R, W_up, keys and values.  (Keys and values alone are called *constants*: all prompts share them.)
+H (T, C) are hidden states as they enter the layer; instr (T,) is True on the prompt.  m is much smaller than C; K is a
+layer's key/value heads times their size.  R is a learned activation, which starts as GELU.  Trained are W_down and, in
+each layer, W_sa, R, W_up, keys and values (these two alone are called *constants*: they are the same for every prompt).
 
-Who calls whom while a prompt is read, layer by layer (after that, soft tokens are entries of the KV cache):
+Attention to soft tokens has a softmax of its own; what is found in them is added to what is found among the words.  All
+tokens look at them, those of the prompt, too, or the answer's alone (--act answer).  Then they stay in the KV cache.
 
-    Decoder.blocks (model.py)  ->  IAPT.kv  ->  Generator.forward    the lines above
-                               ->  Block.forward  ->  Attention.mix  the last of them
+    Decoder.blocks or .read (model.py)  ->  Tuner.context  ->  IAPT.kv  ->  Generator.forward    the lines above
+                                        ->  Block.forward  ->  Attention.mix                     the last of them
 
-    python train.py -o P=8 m=32              # any argument of IAPT.__init__ is an option
-    python train.py --method paper-iapt      # as in the paper, so far as that is known: PaperIAPT
+`python train.py -o P=8 m=32` trains it; any argument of IAPT.__init__ is an option.
 """
 
 from typing import Literal
@@ -30,17 +30,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call, vmap
 
-from model import Block, Config, Decoder, Soft, Tuner
+from model import Block, Config, Context, Decoder, Soft, Tuner
 
 Activation = Literal["rational", "gelu", "relu", "identity"]
 
 
 class Generator(nn.Module):
-    """One layer's generator: H (B, T, C), instr (B, T) -> S (B, P, K), in fp32.
-
-    W_down (C, m) comes from outside: layers may share it.  To read the prompt in another way, override `weights`.
-    """
+    """One layer's generator: H (B, T, C), instr (B, T) -> S (B, P, K), in fp32.  Layers may share W_down (C, m)."""
 
     def __init__(self, W_down: nn.Parameter, K: int, P: int, activation: Activation):
         super().__init__()
@@ -52,7 +50,7 @@ class Generator(nn.Module):
 
     def forward(self, H: Tensor, instr: Tensor) -> Tensor:
         Z = self.project(H)
-        A = self.weights(Z, instr)
+        A = self.attention(Z, instr)
         Q = F.rms_norm(A.mT @ Z, Z.shape[-1:], eps=1e-4)
         return self.R(Q) @ self.W_up
 
@@ -62,8 +60,8 @@ class Generator(nn.Module):
         length = torch.linalg.vector_norm(H, dim=-1, keepdim=True, dtype=torch.float32)
         return (H @ self.W_down.to(H.dtype)).float() * (H.shape[-1] ** 0.5 / (length + 1e-6))
 
-    def weights(self, Z: Tensor, instr: Tensor) -> Tensor:
-        """A (B, T, P): how much each of the P readings takes of each token of the prompt."""
+    def attention(self, Z: Tensor, instr: Tensor) -> Tensor:
+        """A (B, T, P): how much each of P readings takes of each token.  Override it to read in another way."""
         return (Z @ self.W_sa).masked_fill(~instr[..., None], -torch.inf).softmax(-2)
 
 
@@ -88,10 +86,22 @@ class IAPT(Tuner):
         self.lr = 0.5 / C  # a wider model wants smaller steps
 
     def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft:
-        keys = self.keys[l].expand(len(x), -1, -1)
-        S = self.generators[l](x, instr)
-        values = self.values[l] + S.repeat(1, self.repeat, 1)  # S_1 .. S_P, S_1 .. S_P, ...
-        return Soft(block.attn.heads(keys), block.attn.heads(values))
+        return self.add(block, l, self.generators[l](x, instr))
+
+    def add(self, block: Block, l: int, S: Tensor) -> Soft:
+        """Layer l's keys and values, with S (B, P, K) added to the values: S_1 .. S_P, S_1 .. S_P, ..."""
+        values = self.values[l] + S.repeat(1, self.repeat, 1)
+        return Soft(block.attn.heads(self.keys[l].expand_as(values)), block.attn.heads(values))
+
+    def write(self, model: Decoder, states: list[Tensor], instr: Tensor) -> list[Context]:
+        """All generators in one batched computation: a training step has 160 operators a layer, not 223."""
+        one = self.generators[0]
+        if one._forward_pre_hooks or one._forward_hooks:  # somebody looks into the generators, one after the other
+            return super().write(model, states, instr)
+        names = {name for name, _ in one.named_parameters()} - {"W_down"}
+        own = {name: torch.stack([g.get_parameter(name) for g in self.generators]) for name in names}
+        S = vmap(lambda own, H: functional_call(one, own, (H, instr)))(own, torch.stack(states))  # (L, B, P, K)
+        return [self.place(self.add(block, l, S[l]), states[l].dtype) for l, block in enumerate(model.h)]
 
     def groups(self, lr: float) -> list[dict]:
         """Adam moves everything by about lr a step: too little for the constants, too much for R's coefficients."""
@@ -110,18 +120,15 @@ class IAPT(Tuner):
 # follows, which is worth 0.633 nats per token (95 % interval 0.478 to 0.811) on tiny's test rows (docs/RESULTS.md):
 #     a soft token is a key and a value, and there are 3 P; in the paper, P hidden states       (not measured alone)
 #     a softmax of its own, not that of the words                                               0.033 (-0.020 to 0.120)
-#     values and W_up start at zero, training as the frozen model; not at random                0.005 (-0.012 to 0.025)
+#     values and W_up start at zero, not at random: training starts as the frozen model         0.005 (-0.012 to 0.025)
 #     H and Q have unit mean square                                                             0.021 (0.004 to 0.045)
 #     all layers have one W_down, and so a larger m                                            -0.011 (-0.033 to 0.006)
-
-
 class PaperGenerator(Generator):
     """H and Q as they are."""
 
     def forward(self, H: Tensor, instr: Tensor) -> Tensor:
         Z = self.project(H)
-        Q = self.weights(Z, instr).mT @ Z
-        return self.R(Q) @ self.W_up
+        return self.R(self.attention(Z, instr).mT @ Z) @ self.W_up
 
     def project(self, H: Tensor) -> Tensor:
         return (H @ self.W_down.to(H.dtype)).float()
@@ -144,10 +151,8 @@ class PaperIAPT(Tuner):
 
     @torch.no_grad()
     def start(self, model: Decoder):
-        """W_up starts as the hidden states of m random words, each the first of a text.
-
-        A model rests much attention on the first word, without harm (a sink, arXiv 2309.17453): these take its place.
-        Random states take attention, too, and what is found in them harms.
+        """W_up starts as the hidden states of m random words, each the first of a text: a model rests much attention on
+        such a word, without harm (a sink, arXiv 2309.17453).  In random states it finds what harms.
         """
         vocabulary, m = model.wte.weight, len(self.generators[0].W_up)
         words = torch.randint(len(vocabulary), (m, 1), device=vocabulary.device)
@@ -161,8 +166,6 @@ class PaperIAPT(Tuner):
 
 
 # -- The activation ----------------------------------------------------------------------------------------------------
-
-
 class RationalFunction(torch.autograd.Function):
     """R(x) = n / d,  n = a_0 + a_1 x + ... + a_6 x^6,  d = 1 + |s|,  s = b_1 x + ... + b_5 x^5.
 
@@ -177,7 +180,8 @@ class RationalFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x, a, b):
-        n, s = (powers(x) @ torch.stack((a, F.pad(b, (1, 1))), 1)).unbind(-1)
+        X = x[..., None] ** torch.arange(7, device=x.device)  # 1, x, ..., x^6
+        n, s = (X @ torch.stack((a, F.pad(b, (1, 1))), 1)).unbind(-1)
         return n / (1 + s.abs())
 
     @staticmethod
@@ -187,19 +191,15 @@ class RationalFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, a, b = ctx.saved_tensors
-        X, j, b = powers(x), torch.arange(1, 7, device=x.device), F.pad(b, (1, 1))
-        dn, ds = F.pad(a[1:] * j, (0, 1)), F.pad(b[1:] * j, (0, 1))
+        j, b = torch.arange(7, device=x.device), F.pad(b, (1, 1))
+        X = x[..., None] ** j
+        dn, ds = F.pad((a * j)[1:], (0, 1)), F.pad((b * j)[1:], (0, 1))
         n, s, dn, ds = (X @ torch.stack((a, b, dn, ds), 1)).unbind(-1)
         d = 1 + s.abs()
         g_n = g / d
         g_s = -(n / d) * g_n * s.sign()
         da, db = torch.stack((g_n, g_s)).reshape(2, -1) @ X.reshape(-1, 7)
         return g_n * dn + g_s * ds, da, db[1:6]
-
-
-def powers(x: Tensor) -> Tensor:
-    """1, x, ..., x^6: (..) -> (.., 7)."""
-    return x[..., None] ** torch.arange(7, device=x.device)
 
 
 class Rational(nn.Module):

@@ -4,7 +4,6 @@
     Tuner                                            where a method may reach into it; the defaults do nothing
     Cache                                            keys and values already computed
     Decoder                                          hidden, or read, write, answer;  forward, prefill, step
-
 Beside a plain decoder, one thing is new: what reads a sequence asks the tuner, before each block, for soft tokens to
 attend to.  `step` writes one more token, and takes no tuner: by then they are entries of the cache.
 
@@ -122,7 +121,7 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, G D) -> (B, G, T, D)."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
 
     def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> rotated queries (B, H, T, D) and keys (B, G, T, D), and values (B, G, T, D)."""
@@ -177,11 +176,10 @@ class Block(nn.Module):
         s = self.ln_1(s)  # at rotary position 0, where the rotation is the identity
         return Soft(self.attn.heads(self.attn.k(s)), self.attn.heads(self.attn.v(s)))
 
-    def forward(self, x: Tensor, rope: tuple | None, soft: Context = NO_CONTEXT, mask: Tensor | None = None
-                ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def forward(self, x: Tensor, rope: tuple | None, more: Context = NO_CONTEXT, mask: Tensor | None = None) -> tuple:
         """x (B, T, C) -> x (B, T, C) and its own keys and values (B, G, T, D); mask as of `attention_mask`."""
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
-        x = x + self.attn.mix(q, *soft.join(k, v), mask, soft.separate)
+        x = x + self.attn.mix(q, *more.join(k, v), mask, more.separate)
         return x + self.mlp(self.ln_2(x)), k, v
 
     def step(self, x: Tensor, rope: tuple | None, cached: Context, at: Tensor) -> Tensor:
@@ -240,11 +238,13 @@ class Tuner(nn.Module):
         return None if s is None else block.soft_kv(s.to(x.dtype))
 
     def context(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Context:
-        """`kv` in x's dtype, joined or separate."""
-        soft = self.kv(block, l, x, instr)
+        """Once a layer: `kv` in its place, in x's dtype."""
+        return self.place(self.kv(block, l, x, instr), x.dtype)
+
+    def place(self, soft: Soft | None, dtype: torch.dtype) -> Context:
         if soft is None:
             return NO_CONTEXT
-        soft = Soft(soft.k.to(x.dtype).contiguous(), soft.v.to(x.dtype).contiguous(), soft.keep)
+        soft = Soft(soft.k.to(dtype).contiguous(), soft.v.to(dtype).contiguous(), soft.keep)
         return Context(separate=soft) if self.separate else Context(joined=soft)
 
     def write(self, model: "Decoder", states: list[Tensor], instr: Tensor) -> list[Context]:
@@ -273,7 +273,7 @@ class Cache:
     def __init__(self, length: Tensor, room: int = 0):
         self.room, self.layers = room, []
         self.at, self.pos = length.clone(), length.clone()  # (B,): where a row's next token goes, and its position
-        self.states = []  # (B, T, C), what entered each layer: what `Decoder.read` leaves for `Tuner.write`
+        self.states, self.last, self.instr = [], None, None  # from `Decoder.read`: what entered each layer, and left
 
     def append(self, k: Tensor, v: Tensor):
         """Add a layer's keys and values (B, G, T, D)."""
@@ -321,7 +321,7 @@ class Decoder(nn.Module):
         if tuner is not NO_TUNER and instr is None:
             raise ValueError("a tuner needs instr (B, T), True on the instruction's tokens: it got None")
         if tuner.act == "answer":
-            return self.read_write_answer(idx, instr, tuner, n)
+            return self.read_write_answer(idx, instr, tuner, cache, n)
         x, rope = self.embed(idx, torch.arange(T, device=idx.device))
         return self.ln_f(tuner.around_blocks(self, x, rope, instr, cache))
 
@@ -342,41 +342,41 @@ class Decoder(nn.Module):
             x = checkpoint(layer, l, x, use_reentrant=False) if recompute else layer(l, x)
         return x
 
-    def read_write_answer(self, idx: Tensor, instr: Tensor, tuner: Tuner, n: int | None) -> Tensor:
-        """`hidden`, for a tuner that acts from the prompt's last token on: what stands before is the frozen model's."""
+    def read_write_answer(self, idx: Tensor, instr: Tensor, tuner: Tuner, cache: Cache | None, n: int | None) -> Tensor:
+        """`hidden`, for a tuner that acts from the prompt's last token on; cache: the prompts, if read before."""
         length, T = instr.sum(1), idx.shape[1]
-        n, longest = n or T, int(length.max())
-        x, cache = self.read(idx[:, :longest], length, tuner)
-        at = cache.pos[:, None] + torch.arange(n, device=idx.device)  # (B, n)
-        idx = F.pad(idx, (0, n))  # behind a row with a long prompt there may not be n tokens
-        y = self.answer(idx.gather(1, at), cache)
-        x = F.pad(x, (0, 0, 0, idx.shape[1] - longest))
+        cache = self.read(idx[:, : int(length.max())], length, tuner) if cache is None else cache
+        for l, soft in enumerate(tuner.write(self, cache.states, cache.instr)):
+            cache.add(l, soft)
+        at = cache.pos[:, None] + torch.arange(n or T, device=idx.device)  # (B, n)
+        idx = F.pad(idx, (0, n or T))  # behind a row with a long prompt there may not be n tokens
+        x, y = cache.last, self.answer(idx.gather(1, at), cache)
+        x = F.pad(x, (0, 0, 0, idx.shape[1] - x.shape[1]))
         return x.scatter(1, at[..., None].expand(-1, -1, x.shape[2]), y)[:, :T]
 
-    def read(self, idx: Tensor, length: Tensor, tuner: Tuner = NO_TUNER, room: int = 0, past: Cache | None = None
-             ) -> tuple[Tensor, Cache]:  # fmt: skip
-        """The frozen model reads right-padded prompts idx (B, T) of `length` (B,) tokens; the tuner writes.
+    @torch.no_grad()
+    def read(self, idx: Tensor, length: Tensor, tuner: Tuner = NO_TUNER, room: int = 0,
+             past: Cache | None = None) -> Cache:  # fmt: skip
+        """The frozen model reads right-padded prompts idx (B, T) of `length` (B,) tokens; the tuner is silent.
 
-        Hidden states (B, T, C), and a Cache that ends before each prompt's last token: with that, `answer` or `step`
-        begins.  past: what prompts go on from; it has been read with a length one larger, so that its end is in it.
+        The cache ends before each prompt's last token, with which `answer` or `step` begins.  past: what prompts go on
+        from, which has been read with a length one larger, so that its end is in it.
         """
         cache, place = Cache(length - 1, room), torch.arange(idx.shape[1], device=idx.device)
-        instr = place < length[:, None]
+        cache.instr = place < length[:, None]
         if past is not None:
             place = past.pos[:, None] + place
             cache.pos += past.pos
-            instr = torch.cat((past.layers[0].joined.keep[:, 0, 0], instr), 1)
+            cache.instr = torch.cat((past.instr, cache.instr), 1)
 
         def look(l: int, x: Tensor) -> Context:
             cache.states.append(x if past is None else torch.cat((past.states[l], x), 1))
             return NO_CONTEXT if past is None else past.layers[l]
 
-        with tuner.silent(), torch.no_grad():
+        with tuner.silent():
             x, rope = self.embed(idx, place)
-            x = self.ln_f(self.blocks(x, rope, look, cache))
-        for l, soft in enumerate(tuner.write(self, cache.states, instr)):
-            cache.add(l, soft)
-        return x, cache
+            cache.last = self.ln_f(self.blocks(x, rope, look, cache))
+        return cache
 
     def answer(self, idx: Tensor, cache: Cache) -> Tensor:
         """The last hidden states of tokens idx (B, T) that follow a cache: T steps at once, which leave it as it is."""
@@ -401,7 +401,9 @@ class Decoder(nn.Module):
         """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next one, and a Cache."""
         last = torch.arange(len(idx), device=idx.device), length - 1
         if tuner is not None and tuner.act == "answer":
-            _, cache = self.read(idx, length, tuner, room, past)
+            cache = self.read(idx, length, tuner, room, past)
+            for l, soft in enumerate(tuner.write(self, cache.states, cache.instr)):
+                cache.add(l, soft)
             return self.step(idx[last], cache), cache
         cache, place = Cache(length, room), torch.arange(idx.shape[1], device=idx.device)
         x = self.hidden(idx, place < length[:, None], tuner, cache)  # all of a prompt is instruction

@@ -64,13 +64,14 @@ def change_rows(cache: Cache, change: Callable[[Tensor], Tensor]):
         return None if x is None else change(x)
 
     cache.layers, cache.states = [changed(layer) for layer in cache.layers], [changed(x) for x in cache.states]
+    cache.last, cache.instr = changed(cache.last), changed(cache.instr)
     cache.at, cache.pos = change(cache.at), change(cache.pos)
 
 
 def read_prefix(model: Decoder, ids: list[int], rows: int) -> Cache:
     """What `rows` prompts begin with: read once, for `prefill(..., past=...)`; not copied, until tokens are written."""
     idx = torch.tensor([ids], device=model.wte.weight.device)
-    _, cache = model.read(idx, torch.tensor([len(ids) + 1], device=idx.device))
+    cache = model.read(idx, torch.tensor([len(ids) + 1], device=idx.device))
     change_rows(cache, lambda x: x.expand(rows, *x.shape[1:]))
     return cache
 

@@ -16,7 +16,9 @@ def compile_parts(model: Decoder, tuner: Tuner, **settings):
     import torch._dynamo.config as dynamo  # its import takes as long as that of torch
 
     dynamo.recompile_limit = 256  # beyond the limit, which is 8 by default, a part goes on without being compiled
-    for part in (*model.h, *getattr(tuner, "generators", ())):
+    # What acts on the answer alone has all generators computed at once: there is little left to fuse.
+    generators = getattr(tuner, "generators", ()) if tuner.act == "all" else ()
+    for part in (*model.h, *generators):
         part.compile(**settings)
 
 

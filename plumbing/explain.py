@@ -15,7 +15,7 @@ def reading_weights(model: Decoder, tuner: Tuner, prompt: list[int]) -> Tensor:
 
     def note(generator, inputs):
         H, instr = inputs
-        weights.append(generator.weights(generator.project(H), instr)[0].mT)
+        weights.append(generator.attention(generator.project(H), instr)[0].mT)
 
     hooks = [generator.register_forward_pre_hook(note) for generator in tuner.generators]
     model.hidden(idx, torch.ones_like(idx, dtype=torch.bool), tuner)

@@ -158,7 +158,7 @@ def test_line_1_z_is_the_normed_states_times_w_down():
 def test_line_2_a_is_a_softmax_over_the_prompt():
     g, (H, instr) = generator(), hidden_states()
     Z = F.rms_norm(H, (32,)) @ g.W_down
-    A = g.weights(Z, instr)
+    A = g.attention(Z, instr)
     for row, t in enumerate((6, 3)):
         torch.testing.assert_close(A[row, :t], (Z[row, :t] @ g.W_sa).softmax(0))
         assert not A[row, t:].any()
@@ -168,7 +168,7 @@ def test_line_3_q_is_the_normed_readings():
     g, (H, instr), seen = generator(), hidden_states(), []
     g.R.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     g(H, instr)
-    readings = g.weights(g.project(H), instr).mT @ g.project(H)
+    readings = g.attention(g.project(H), instr).mT @ g.project(H)
     torch.testing.assert_close(seen[0], F.rms_norm(readings, (5,), eps=1e-4))
 
 
@@ -184,10 +184,10 @@ def test_line_4_s_is_the_activation_of_q_times_w_up():
 def test_the_weights_are_a_distribution_over_the_instruction(cls):
     """Whatever stands in the padding and in the response."""
     (H, instr), g = hidden_states(), generator(cls)
-    A = g.weights(g.project(H), instr)  # (B, T, P)
+    A = g.attention(g.project(H), instr)  # (B, T, P)
     torch.testing.assert_close(A.sum(1), torch.ones(2, 4))
     assert (A * ~instr[..., None]).abs().max() == 0
-    torch.testing.assert_close(A[1:, :3], g.weights(g.project(H[1:, :3]), instr[1:, :3]))
+    torch.testing.assert_close(A[1:, :3], g.attention(g.project(H[1:, :3]), instr[1:, :3]))
 
 
 @pytest.mark.parametrize("cls", GENERATORS)
