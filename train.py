@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from baselines import METHODS, build, describe_options, spell_out
+from baselines import METHODS, build, spell_out
 from data import Batch, Batches, Example, encode, evenly_spaced, open_data, rows_fingerprint
 from data.files import label_words
+from data.reads import Reads, keep_reads
 from data.scores import Score, accuracy, before_and_after, evaluate, score_table
 from data.template import Template, make_template
 from data.tokenizer import Tokenizer
@@ -51,6 +52,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--method", default="iapt", help=", ".join(METHODS))
     add("-o", nargs="+", default=[], action="extend", metavar="NAME=VALUE", help="options of the method; -o help")
     add("--act", default="all", choices=["all", "answer"], help="on all tokens, or on the answer alone")
+    add("--keep-reads", type=at_least(0.0), default=2.0, metavar="GB", help="memory for prompts that are read once")
     add("--out", help="folder of the run (default: out/METHOD)")
     add("--warm-start", metavar="RUN", help="begin with what another run of the method has trained (its best.pt)")
     start = parser.add_mutually_exclusive_group()
@@ -75,19 +77,12 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--checkpoint", action="store_true", help="recompute activations in the backward pass: less memory")
     add("--shard", action="store_true", help="under torchrun: spread the frozen weights over the processes")
     args = parser.parse_args(argv)
-    if "help" in args.o:
-        print(describe_options(args.method))
-        parser.exit()
     args.o = spell_out(args.method, args.o, args.act)  # a wrong option is found before anything is opened
     args.out = args.out or os.path.join("out", args.method)
     if args.scratch and args.method != "full":
         parser.error(f"--scratch leaves nothing frozen for {args.method} to tune: add --method full")
-    if args.batch_size % distributed.WORLD_SIZE:
-        parser.error(f"--batch-size {args.batch_size} is not a multiple of the {distributed.WORLD_SIZE} processes")
-    if args.shard and (distributed.WORLD_SIZE == 1 or args.method == "full"):
-        parser.error("--shard is for torchrun with several processes, and for methods that leave the model frozen")
-    if args.shard and args.checkpoint and args.compile:
-        parser.error("--shard, --checkpoint and --compile do not work together: leave one of them out")
+    if problem := distributed.problem(args):
+        parser.error(problem)
     return args
 
 
@@ -111,15 +106,14 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
     distributed.barrier()  # all have read what the first process is going to write
-    if distributed.RANK == 0:
-        folder.truncate_log(state["step"])
+    folder.truncate_log(state["step"])
     model.checkpointing = args.checkpoint
     if args.compile:
         compile_parts(model, tuner)
+    reads = keep_reads(model, tuner, examples["train"], args.keep_reads) if tuner.act == "answer" else None
 
     def save():
-        if distributed.RANK == 0:
-            folder.save_last(tuner, meta, optimizer=optimizer.state_dict(), state=state)
+        folder.save_last(tuner, meta, optimizer=optimizer.state_dict(), state=state)
 
     tokens, clock, stop = 0, time.perf_counter(), False
     quiet = distributed.RANK > 0 or None  # None: no bar where standard error is no terminal
@@ -139,7 +133,7 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
 
             # 2. The gradient, summed over micro-batches and processes; if one of them is to stop, all do.
             optimizer.zero_grad()
-            loss, n = add_gradients(model, tuner, batches.batch(step), args.grad_accum)
+            loss, n = add_gradients(model, tuner, batches.batch(step), args.grad_accum, reads)
             loss, n, stop = distributed.all_reduce_grads(tuner.parameters(), loss, n, guard.stop_requested)
             folder.assert_finite(loss, step, args.lr)
 
@@ -158,10 +152,9 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
                 row["exact"], row["val"] = evaluate(model, examples["val"], tuner)
                 bar.set_postfix_str("loss {loss:.3f}, val {val:.3f}, {tokens_per_s:,} tokens/s".format(**row))
                 folder.assert_finite(row["val"], step, args.lr)
-                if distributed.RANK == 0:
-                    if row["val"] < state["lowest"]:
-                        save_tuner(folder.best, tuner, meta, step=step + 1, val=row["val"])
-                    folder.append_log(row)
+                if row["val"] < state["lowest"]:
+                    save_tuner(folder.best, tuner, meta, step=step + 1, val=row["val"])
+                folder.append_log(row)
                 state |= {"lowest": min(row["val"], state["lowest"]), "losses": []}
                 save()
                 tokens, clock = 0, time.perf_counter()
@@ -176,13 +169,14 @@ def schedule(step: int, steps: int) -> float:
     return min((step + 1) / max(1, 0.06 * steps), 1 - step / steps)
 
 
-def add_gradients(model: Decoder, tuner: Tuner, batch: Batch, parts: int) -> tuple[float, int]:
+def add_gradients(model: Decoder, tuner: Tuner, batch: Batch, parts: int, reads: Reads | None) -> tuple[float, int]:
     """Add this process's share of a batch's gradient; return that of the mean loss, and how many tokens it has read."""
     targets_in_batch, loss = (batch.targets >= 0).sum(), 0.0
     batch = distributed.local_rows(batch)
     for idx, targets, instr in zip(*(x.chunk(parts) for x in batch)):
         share = (targets >= 0).sum() / targets_in_batch  # the loss is the mean over this micro-batch
-        part = head_loss(model, model.hidden(idx, instr, tuner, n=int((targets >= 0).sum(1).max())), targets) * share
+        cache, n = reads and reads(idx, instr), int((targets >= 0).sum(1).max())
+        part = head_loss(model, model.hidden(idx, instr, tuner, cache, n), targets) * share
         part.backward()
         loss += part.item()
     return loss, (batch.instr | (batch.targets >= 0)).sum().item()

@@ -56,8 +56,14 @@ def method(name: str, act: str = "all") -> type[Tuner]:
 
 
 def spell_out(name: str, options: Iterable[str], act: str = "all") -> list[str]:
-    """All options of a method as on the command line, those left out with their defaults: defaults may change."""
+    """All options of a method as on the command line, those left out with their defaults: defaults may change.
+
+    The option "help" prints what there is, and ends the program.
+    """
     cls = method(name, act)
+    if "help" in options:
+        print(describe_options(name))
+        raise SystemExit(0)
     values = {k: p.default for k, p in parameters(cls).items()} | parse_options(cls, name, options)
     return as_options(values)
 

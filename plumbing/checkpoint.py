@@ -34,8 +34,11 @@ LOCKS = {}  # path -> open file of every lock that this process holds
 def save_tuner(path: str, tuner: Tuner, meta: dict, **more):
     """Write a checkpoint: the trained tensors, and `meta`, which says what they are.
 
-    `more` is saved beside them.  torch.load must be able to read it without running code.
+    `more` is saved beside them.  torch.load must be able to read it without running code.  Of several processes of a
+    run, the first one writes; so it is with the files of a RunFolder.
     """
+    if distributed.RANK:
+        return
     content = io.BytesIO()
     torch.save({"tuner": tuner.state_dict(), "meta": meta, **more}, content)
     with replacing(path, "wb") as f:  # torch.save(..., path) would hide the system's reason, such as a full disk
@@ -169,6 +172,8 @@ class RunFolder:
 
     def save_last(self, tuner: Tuner, meta: dict, **more):
         """Write last.pt.  What it was before becomes previous.pt."""
+        if distributed.RANK:
+            return
         if os.path.exists(self.last):
             tmp = f"{self.previous}.{os.getpid()}.tmp"
             try:
@@ -219,6 +224,8 @@ class RunFolder:
 
     def append_log(self, row: dict):
         """Add a row to log.jsonl."""
+        if distributed.RANK:
+            return
         with open(self.log, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
 
@@ -230,6 +237,8 @@ class RunFolder:
 
     def truncate_log(self, step: int):
         """Drop the rows of log.jsonl that were written after `step`; at step 0, all of them."""
+        if distributed.RANK:
+            return
         rows = [row for row in self.read_log() if row["step"] <= step] if step else []
         with replacing(self.log) as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)

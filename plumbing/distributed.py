@@ -10,6 +10,7 @@ stop.  The first process prints and saves.  Without torchrun there is one proces
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,17 @@ from model import Decoder
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def problem(args: Namespace) -> str:
+    """What the options of train.py ask of several processes that cannot be done; or ""."""
+    if args.batch_size % WORLD_SIZE:
+        return f"--batch-size {args.batch_size} is not a multiple of the {WORLD_SIZE} processes"
+    if args.shard and (WORLD_SIZE == 1 or args.method == "full"):
+        return "--shard is for torchrun with several processes, and for methods that leave the model frozen"
+    if args.shard and args.checkpoint and args.compile:
+        return "--shard, --checkpoint and --compile do not work together: leave one of them out"
+    return ""
 
 
 def init(device: str) -> str:
