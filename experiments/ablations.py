@@ -1,11 +1,9 @@
-"""Forms of IAPT that only a table needs, each with one thing changed, and three controls at inference."""
+"""Forms of IAPT that only a table needs, each with one thing changed, and two controls at inference."""
 
 import contextlib
-from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from data import Example
@@ -83,16 +81,6 @@ def swapped_instruction(tuner: Tuner):
 
     with removing([g.register_forward_pre_hook(roll) for g in tuner.generators]):
         yield
-
-
-def swapped_within_tasks(tuner: Tuner, model: Decoder, examples: list[Example], tasks: Sequence[str]) -> Tensor:
-    """The nats of each example where every generator reads another example of its task (N,); alone, its own."""
-    nats = torch.zeros(len(examples))
-    with swapped_instruction(tuner):
-        for task in set(tasks):
-            rows = [i for i, name in enumerate(tasks) if name == task]  # a batch has rows of this task alone
-            nats[rows] = score_examples(model, [examples[i] for i in rows], tuner)[0].float()
-    return nats
 
 
 @contextlib.contextmanager

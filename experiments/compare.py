@@ -43,7 +43,7 @@ from baselines import METHODS, build, spell_out
 from data import Example, evenly_spaced, p3
 from data.scores import score_examples
 from data.tokenizer import Tokenizer
-from experiments.ablations import ABLATIONS, mean_output, swapped_instruction, swapped_within_tasks
+from experiments.ablations import ABLATIONS, mean_output, swapped_instruction
 from experiments.bench import machine
 from experiments.report import DIVERGED, Scores, report
 from model import Config, Tuner
@@ -171,8 +171,7 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
 
     Its arrays are named TEST/nats, /wrong (tokens that greedy decoding gets wrong) and /tokens; "plain" is the text
     that has nothing to do with the task.  A method that reads the instruction is scored again with another row's
-    instruction (TEST/swapped), with that of another row of the same task (TEST/within), and with the mean of what it
-    writes (TEST/mean).
+    instruction (TEST/swapped), and with the mean of what it writes (TEST/mean).
     """
     path, options_file = os.path.join(folder, "scores.npz"), os.path.join(folder, "scored.json")
     if finished(options_file, [*options, *own]):  # written last
@@ -196,10 +195,6 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
                 with context:
                     for name in session.tests:
                         arrays[f"{name}/{control}"] = score_examples(model, sets[name], tuner)[0].float().numpy()
-            for name in session.tests:
-                tasks = arrays[f"{name}/family"]
-                if len(set(tasks)) > 1:  # of one task, that would be TEST/swapped again
-                    arrays[f"{name}/within"] = swapped_within_tasks(tuner, model, sets[name], tasks).numpy()
     os.makedirs(folder, exist_ok=True)
     with replacing(path, "wb") as f:
         np.savez_compressed(f, **arrays)

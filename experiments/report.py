@@ -86,11 +86,7 @@ class Scores:
         return float(np.mean([[x[m].sum() / tokens[m].sum() for m in masks] for x in self.get(method, test)]))
 
 
-CONTROLS = {
-    "swapped": "another row's instruction",
-    "within": "the instruction of another row of the task",
-    "mean": "the mean of what it writes",
-}
+CONTROLS = {"swapped": "another row's instruction", "mean": "the mean of what it writes"}
 
 
 def markdown(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
