@@ -1,5 +1,6 @@
 """The comparison of methods: equal sizes, what chooses a rate, what is saved, differences, controls."""
 
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -313,69 +314,30 @@ def test_the_whole_command_continues_where_it_was(rows, tmp_path, capsys):
     assert capsys.readouterr().out == table and "| capt |" in table
 
 
-def test_tasks_are_questions_in_moods_and_no_row_is_in_two_splits(tmp_path):
-    tasks.write_tasks(str(tmp_path), tasks.QUESTIONS[:2], dict(list(tasks.MOODS.items())[:2]))
-    splits = load_splits(str(tmp_path))
+def test_tasks_are_questions_in_moods_and_no_row_is_in_two_splits(tmp_path, capsys):
+    out = str(tmp_path / "x")
+    tasks.main(["4", "--out", out])
+    assert f"compare tiny --data {out}" in capsys.readouterr().out
+    splits = load_splits(out)
     assert {row["task"] for row in splits["train"]} == {row["task"] for row in splits["test"]}
     assert len({row["task"] for row in splits["train"]}) == 4
     polite = next(row for row in splits["train"] if row["task"] == "capital polite")
     assert "polite" in polite["instruction"] and polite["output"].startswith("please ")
     rows = [tasks.asked(row) for split in splits.values() for row in split]
     assert len(rows) == len(set(rows)) == 6400 + 640 + 320
-    assert not set(tasks.QUESTIONS) & set(tasks.OTHER_QUESTIONS) and not set(tasks.MOODS) & set(tasks.OTHER_MOODS)
 
 
-def test_tasks_have_only_words_that_the_shipped_model_knows(tmp_path):
+def test_tasks_have_only_words_that_the_shipped_model_knows():
     words = set(read_json(os.path.join(TINY, "words.json")))
-    for questions, moods in ((tasks.QUESTIONS, tasks.MOODS), (tasks.OTHER_QUESTIONS, tasks.OTHER_MOODS)):
-        for row in tasks.rows_of("train", 640, questions, moods):
-            assert set(pieces([f"Instruction: {row['instruction']} {row['output']}"])) <= words, row
+    for row in tasks.rows_of("train", 640, tasks.QUESTIONS, tasks.MOODS):
+        assert set(pieces([f"Instruction: {row['instruction']} {row['output']}"])) <= words, row
 
 
-CELL = {
-    **dict.fromkeys(tasks.PARTS, [0.1, 0.05, 0.2]),
-    **{key: dict.fromkeys(("frozen", "iapt", "constants"), 1.0) for key in ("nats", "exact")},
-}
-
-
-def test_a_cell_says_on_which_rows_reading_pays(tmp_path):
-    """Constants lose a nat a token on lists alone; another instruction costs two everywhere."""
-    names = np.array(["capital short", "reverse short", "spanish slow", "last polite"] * 10)
-    lists, arrays = np.isin(names, ["reverse short", "last polite"]), {}
-    for name, nats in (("frozen", 9.0), ("iapt", 1.0), ("constants", 1.0 + lists)):
-        arrays[f"{name}/0/test/nats"] = nats * np.ones(40)
-        arrays[f"{name}/0/test/wrong"], arrays[f"{name}/0/test/tokens"] = np.zeros(40), np.ones(40)
-        arrays[f"{name}/0/test/family"] = names
-    arrays["iapt/0/test/swapped"] = np.full(40, 3.0)
-    np.savez(tmp_path / "scores.npz", **arrays)
-    rows = [{"method": name, "trainable": 5, "lr": 0.1, "curves": []} for name in ("iapt", "constants")]
-    write_json(str(tmp_path / "compare.json"), {"rows": [*rows, {"method": "frozen"}]})
-    cell = tasks.measured(str(tmp_path))
-    means = [cell[part][0] for part in tasks.PARTS]
-    assert means == pytest.approx([0.5, 0.0, 1.0, 0.5, 2.0]) and set(cell["trained"]) == {"iapt", "constants"}
-
-
-def test_the_table_of_tasks_has_a_line_for_each_cell():
-    cell = {"model": "never tuned", "tasks": 4, "steps": 800, **CELL}
-    head, _, line = tasks.table([cell])
-    assert line.startswith("| never tuned | 4 | 800 | 1.000 (1.0 %) |") and line.count("+0.100 (+0.050 to +0.200)") == 5
-    assert head.count("|") == line.count("|")
-
-
-def test_a_number_of_tasks_measured_again_takes_the_old_cell_s_place(tmp_path, monkeypatch):
-    out, cells = str(tmp_path), iter(range(9))
-    monkeypatch.setattr(tasks, "tuned_on_other_tasks", lambda folder: "tuned")
-    monkeypatch.setattr(tasks.compare, "main", lambda argv: None)
-    monkeypatch.setattr(tasks, "measured", lambda folder: {**CELL, "trained": next(cells)})
-    tasks.main(["--tasks", "4", "16", "--out", out])
-    tasks.main(["--tasks", "4", "--seeds", "3", "--out", out])
-    saved = read_json(os.path.join(out, "tasks.json"))
-    assert [(c["tasks"], c["seeds"], c["trained"]) for c in saved] == [(16, 5, 2), (16, 5, 3), (4, 3, 4), (4, 3, 5)]
-
-
-def test_rows_of_another_version_are_not_mixed_with_finished_runs(tmp_path):
-    path = str(tmp_path / "x" / "train.jsonl")
-    tasks.write_or_compare(path, [{"instruction": "a", "input": "", "output": "b"}])
-    tasks.write_or_compare(path, [{"instruction": "a", "input": "", "output": "b"}])
-    with pytest.raises(ValueError, match="was made by another version of experiments.tasks: --out names another"):
-        tasks.write_or_compare(path, [{"instruction": "a", "input": "", "output": "c"}])
+def test_rows_of_tasks_are_those_of_the_saved_results_and_take_no_others_place(tmp_path):
+    """The digest is of what was written at 0b6e8b6."""
+    tasks.main(["4", "--out", str(tmp_path)])
+    tasks.main(["4", "--out", str(tmp_path)])
+    test = tmp_path / "test.jsonl"
+    assert hashlib.sha256(test.read_bytes()).hexdigest()[:16] == "d8c7f0007ac52955"
+    with pytest.raises(ValueError, match="train.jsonl has other rows: --out names another folder"):
+        tasks.main(["16", "--out", str(tmp_path)])
