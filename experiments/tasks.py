@@ -12,11 +12,12 @@ training rows, so with fewer tasks there are more of each.  Test rows ask about 
 other lists.
 """
 
+import itertools
 import os
 import random
 
 from data.files import read_rows, write_rows
-from data.world import FACTS, fact_row, skill_row
+from data.world import different, make_row
 from plumbing.cli import Parser, run
 
 QUESTIONS = ["capital", "reverse", "spanish", "last", "plural", "copy", "young", "colour"]
@@ -25,21 +26,13 @@ MOODS = {"short": "{y}", "polite": "please {y}", "slow": "{y} {y}", "timid": "i 
 WAYS = ["be {mood} :", "make it {mood} :", "i want it {mood} :"]  # all of it in words that the shipped model knows
 
 
-def rows_of(seed: str, size: int, questions: list[str], moods: dict[str, str], avoid: list[dict] = ()) -> list[dict]:
-    """`size` rows: each question in each mood, in turn.  None asks the same as another, or as one of `avoid`."""
-    rng = random.Random(seed)
-    tasks = [(question, mood) for question in questions for mood in moods]
-    seen, rows = {asked(row) for row in avoid}, []
-    while len(rows) < size:
-        question, mood = tasks[len(rows) % len(tasks)]
-        row = (fact_row if question in FACTS else skill_row)(rng, question)
-        instruction = f"{rng.choice(WAYS).format(mood=mood)} {row['instruction']}"
-        row |= {"instruction": instruction, "output": moods[mood].format(y=row["output"]), "task": f"{question} {mood}"}
-        if asked(row) not in seen:
-            seen.add(asked(row))
-            rows.append(row)
-    rng.shuffle(rows)
-    return rows
+def in_mood(rng: random.Random, task: tuple[str, str]) -> dict:
+    """A row of a task: a question in a mood."""
+    question, mood = task
+    row = make_row(rng, question)
+    instruction = f"{rng.choice(WAYS).format(mood=mood)} {row['instruction']}"
+    output = MOODS[mood].format(y=row["output"])
+    return {**row, "instruction": instruction, "output": output, "task": f"{question} {mood}"}
 
 
 def asked(row: dict) -> tuple[str, str, str]:
@@ -48,12 +41,13 @@ def asked(row: dict) -> tuple[str, str, str]:
 
 
 def make_tasks(tasks: int) -> dict[str, list[dict]]:
-    """{split: rows} of 4, 16 or 64 tasks, as many questions as moods."""
-    n = round(tasks**0.5)
-    questions, moods = QUESTIONS[:n], dict(list(MOODS.items())[:n])
-    train = rows_of("train", 6400, questions, moods)
-    test = rows_of("test", 640, questions, moods, train)
-    return {"train": train, "val": rows_of("val", 320, questions, moods, train + test), "test": test}
+    """{split: rows} of 4, 16 or 64 tasks, as many questions as moods.  No row asks the same as another."""
+    n, splits, seen = round(tasks**0.5), {}, []
+    pairs = list(itertools.product(QUESTIONS[:n], list(MOODS)[:n]))
+    for split, size in (("train", 6400), ("test", 640), ("val", 320)):
+        splits[split] = different(split, size, pairs, in_mood, seen, asked)
+        seen += splits[split]
+    return splits
 
 
 def main(argv: list[str] | None = None):
