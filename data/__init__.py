@@ -92,9 +92,8 @@ def encode(
         size = len(prompt) + len(response)
         if size > block_size:
             if not truncate:
-                raise ValueError(
-                    f"row {i} has {size} tokens, the model takes {block_size} (--truncate cuts such rows): {row}"[:300]
-                )
+                too_long = f"row {i} has {size} tokens, the model takes {block_size} (--truncate cuts such rows)"
+                raise ValueError(f"{too_long}: {row}"[:300])
             response = response[: block_size - min(len(prompt), block_size - block_size // 2)]
             prompt = shorten(prompt, block_size - len(response), tokenizer, template)
         examples.append(Example(prompt, response))
@@ -147,8 +146,7 @@ class Batches:
         self.seed = seed
         self.block_size = block_size
         self.device = device
-        self.epoch = None
-        self.chunks = None  # of that epoch: indices of examples
+        self.epoch = self.chunks = None  # the chunks of an epoch: indices of examples
 
     def batch(self, i: int) -> Batch:
         """Batch i, (size, T)."""

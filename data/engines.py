@@ -208,8 +208,7 @@ def is_gpt2_kind(content: dict, added: dict[str, dict]) -> bool:
 def gpt2_engine(model: dict, added: dict[str, dict]) -> TiktokenEngine:
     """The TiktokenEngine of a tokenizer.json's model of GPT-2's kind.  Ranks follow the merges, whatever the ids."""
     byte_of = {char: byte for byte, char in gpt2_chars().items()}
-    ranks = {}
-    ids = {}
+    ranks, ids = {}, {}
     for token in [*byte_of, *map("".join, pairs_of(model))]:
         if not added.get(token, {"special": False})["special"]:
             rank = ranks.setdefault(bytes(byte_of[char] for char in token), len(ranks))

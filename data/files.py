@@ -43,8 +43,7 @@ def read_rows(
     Raises ValueError with the file and the line for what is not a row.
     """
     unused = set() if ignored is None else ignored
-    rows = []
-    bad = []
+    rows, bad = [], []
     for place, record in read_records(path, KNOWN, unused):
         try:
             rows.append(as_row(record, reshape or from_known_format, unused))
@@ -128,10 +127,7 @@ def from_known_format(record: dict, ignored: set[str] | None = None) -> dict:
     turns += read_turns(take(columns, ("history",)), "history", columns)
     chat = read_turns(take(columns, CHATS), "messages", columns)
     turns = [turn for turn in turns + chat if turn.content or turn.role != "system"]
-    if chat:
-        row, turns = split_chat(turns)
-    else:
-        row = take_texts(columns, record, plain=not turns)
+    row, turns = split_chat(turns) if chat else (take_texts(columns, record, plain=not turns), turns)
     if turns:
         row["history"] = [{"role": turn.role, "content": turn.content} for turn in turns]
     if not is_empty(columns.get("task")) and not isinstance(columns["task"], list | dict):
@@ -180,10 +176,8 @@ def take_texts(columns: dict, record: dict, plain: bool) -> dict:
         present = [name for name in others if name in columns]
         names[key] = min(present, key=lambda name: is_empty(columns[name]), default=None)
     if not names["instruction"] or not names["output"]:
-        raise ValueError(
-            f"it has {column_names(record)[:80]}; it needs instruction and output (python -m data.prepare FILE --map"
-            " instruction=COLUMN output=COLUMN makes them of other columns)"
-        )
+        advice = "python -m data.prepare FILE --map instruction=COLUMN output=COLUMN makes them of other columns"
+        raise ValueError(f"it has {column_names(record)[:80]}; it needs instruction and output ({advice})")
     row = {key: columns.pop(name) for key, name in names.items() if name}
     if plain and names["instruction"] == "prompt" and names["output"] == "output" and is_empty(row.get("input")):
         return {"prompt": row["instruction"], "output": row["output"]}
@@ -227,17 +221,14 @@ def read_turns(chat: object, column: str, columns: dict) -> list[Turn]:
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(f"a turn of its {column} has no role and content, both text: {str(message)[:60]}")
         role = role.strip().casefold()
-        turns.append(Turn(ROLES.get(role, role), content, as_weight(parts.pop("weight", None))))
+        weight = parts.pop("weight", None)
+        try:
+            weight = 1.0 if weight is None else float(weight)
+        except (TypeError, ValueError):
+            raise ValueError(f"a message has the weight {str(weight)[:40]!r}, and should have a number") from None
+        turns.append(Turn(ROLES.get(role, role), content, weight))
         columns.update({f"{column}.{name}": value for name, value in parts.items() if not is_empty(value)})
     return turns
-
-
-def as_weight(value: object) -> float:
-    """The weight of a message; 1 if it has none."""
-    try:
-        return 1.0 if value is None else float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"a message has the weight {str(value)[:40]!r}, and should have a number") from None
 
 
 def split_chat(turns: list[Turn]) -> tuple[dict, list[Turn]]:
@@ -271,17 +262,12 @@ def load_splits(where: str, skip_bad: bool = False) -> dict[str, list[dict]]:
     `where` is a file, or a folder with a file for train and, if there are, val, test and test_*.  E2E's folder may have
     devset.csv alone, which is then train.  What is missing of train, val and test is split off, a tenth each.
     """
-    ignored = set()
-    if os.path.isfile(where):
-        splits = {"train": read_rows(where, skip_bad, ignored=ignored)}
-    elif os.path.isdir(where):
-        paths = find_splits(where)
-        splits = {split: read_rows(path, skip_bad, ignored=ignored) for split, path in paths.items()}
-    else:
-        raise FileNotFoundError(
-            f"no data at {where}: --data takes tiny, a folder with train.jsonl, or a {READABLE_TEXT} file"
-            " (python -m data.prepare makes a folder of a public data set, or of a file of yours)"
-        )
+    if not os.path.isfile(where) and not os.path.isdir(where):
+        takes = f"tiny, a folder with train.jsonl, or a {READABLE_TEXT} file"
+        advice = "python -m data.prepare makes a folder of a public data set, or of a file of yours"
+        raise FileNotFoundError(f"no data at {where}: --data takes {takes} ({advice})")
+    paths, ignored = {"train": where} if os.path.isfile(where) else find_splits(where), set()
+    splits = {split: read_rows(path, skip_bad, ignored=ignored) for split, path in paths.items()}
     name_ignored(ignored)
     return fill_missing_splits(splits, where)
 
@@ -289,8 +275,7 @@ def load_splits(where: str, skip_bad: bool = False) -> dict[str, list[dict]]:
 def find_splits(folder: str) -> dict[str, str]:
     """{split: path} of a folder.  Data files that are none of a split are named on standard error."""
     names = sorted(os.listdir(folder))
-    paths = {}
-    unused = []
+    paths, unused = {}, []
     only_devset = "devset.csv" in names and "train" not in map(split_name, names)
     for name in names:
         split = "train" if only_devset and name == "devset.csv" else split_name(name)

@@ -130,15 +130,12 @@ def rows_within(content: dict, known: set[str], ignored: set[str]) -> list[dict]
 
 def read_table(text: str, separator: str, known: set[str]) -> list[tuple[str, object]]:
     """Records of a table whose first line names its columns, in the dialect that the table itself shows."""
-    lines_before = 0
     if declared := re.match(r"sep=(.)(\r\n|\n|\r)", text):  # as spreadsheets write it
-        separator = declared[1]
-        text = text[declared.end() :]
-        lines_before = 1
+        separator, text = declared[1], text[declared.end() :]
     else:
         separator = find_separator(text, separator, known)
     quoting = csv.QUOTE_NONE if separator == "\t" and not is_quoted(text) else csv.QUOTE_MINIMAL
-    lines = parse_table(text, lines_before, delimiter=separator, quoting=quoting)
+    lines = parse_table(text, 1 if declared else 0, delimiter=separator, quoting=quoting)
     lines = [(place, cells) for place, cells in lines if isinstance(cells, ValueError) or "".join(cells).strip()]
     names = name_columns(lines[0][1]) if lines else []
     return [(place, as_record(names, cells)) for place, cells in lines[1:]]

@@ -57,10 +57,7 @@ def choose(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
     for template, subset in rows.items():
         subset = [clean(row, template) for row in subset]
         short[template] = [row for row in subset if len(row["instruction"]) + len(row["output"]) <= LONGEST]
-    splits = {
-        split: [row for template in TEMPLATES["train"] for row in short[template][start:stop]]
-        for split, (start, stop) in ROWS.items()
-    }
+    splits = {split: [row for t in TEMPLATES["train"] for row in short[t][a:b]] for split, (a, b) in ROWS.items()}
     for split in ("test_templates", "test_tasks"):
         splits[split] = [row for template in TEMPLATES[split] for row in short[template][:30]]
     seen = {row["instruction"] for row in splits["train"]}

@@ -32,12 +32,11 @@ from tqdm import tqdm
 from data import PLAIN, TINY, Template, Tokenizer, encode, label_words, load_splits, make_template, p3, template, world
 from data.files import as_text, column_names, fill_missing_splits, from_known_format, read_rows, split_name, write_rows
 from plumbing import hub
-from plumbing.cli import Parser, UsageError, run
+from plumbing.cli import Parser, UsageError, at_least, run
 from plumbing.files import read_json, replacing, write_json
 from plumbing.pretrained import read_config
 
 KEYS = ("instruction", "input", "output", "system", "task")
-
 
 # -- Where the public ones are -----------------------------------------------------------------------------------------
 
@@ -72,23 +71,17 @@ def locate_files(source: Source, files: list[str], folder: str) -> dict[str, str
         path = paths.get(name) or os.path.join(folder, name)
         if files and name not in paths:
             names = sorted({file for file, *_ in source.files.values()})
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise FileNotFoundError(
-                f"--file {' '.join(files)}: no {name} there. It takes {', '.join(names[:3])}{more}, or their folder"
-            )
-        if not files:
-            download(f"{source.home}/{name}", sha256, path)
+            takes = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise FileNotFoundError(f"--file {' '.join(files)}: no {name} there. It takes {takes}, or their folder")
+        url = f"{source.home}/{name}"
+        try:
+            if not files:
+                hub.download_file(url, path, sha256=sha256)
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            advice = "try again, or download it in another way and name it with --file"
+            raise OSError(f"no {url} ({type(e).__name__}: {e}): {advice}") from e
         parts[part] = extract(path, *member, folder) if member else path
     return parts
-
-
-def download(url: str, sha256: str, path: str):
-    """Download a file, unless it is there, and check it.  sha256 may be its first digits."""
-    try:
-        hub.download_file(url, path, sha256=sha256)
-    except (OSError, ValueError, http.client.HTTPException) as e:
-        advice = "try again, or download it in another way and name it with --file"
-        raise OSError(f"no {url} ({type(e).__name__}: {e}): {advice}") from e
 
 
 def extract(archive: str, member: str, folder: str) -> str:
@@ -136,8 +129,7 @@ def map_columns(record: dict, ignored: set[str] | None, mapping: dict[str, str],
                 raise ValueError(f"there is no column {name!r} for {key}. It has: {column_names(record)}")
         row[key] = re.sub(r"\{([^{}]*)\}", lambda m: to_text(record[m[1]]), text)
         unused.difference_update(names)
-    system = row.pop("system", "")
-    if system:
+    if system := row.pop("system", ""):
         row["history"] = [{"role": "system", "content": system}]
     if labels:
         if row["output"] not in labels:
@@ -170,20 +162,18 @@ def parse_pairs(texts: list[str], option: str, keys: tuple = ()) -> dict[str, st
 # -- What a data set is like -------------------------------------------------------------------------------------------
 
 
-def describe(
-    splits: dict, tokenizer: Tokenizer, block_size: int, model: str, layout: Template = PLAIN
-) -> Iterator[str]:
-    """Statistics of splits as lines of text, with lengths in tokens of a model."""
+def describe(splits: dict, tokenizer: Tokenizer, room: int, model: str, layout: Template = PLAIN) -> Iterator[str]:
+    """Statistics of splits as lines of text, with lengths in tokens of a model, which takes `room` of them."""
     yield f"{'':12} {'rows':>8} {'prompt':>14} {'response':>14} {'too long':>10}"
     total = 0
     for split, rows in splits.items():
         examples = encode(tqdm(rows, split, leave=False), tokenizer, sys.maxsize, template=layout)
-        too_long = sum(len(prompt) + len(response) > block_size for prompt, response in examples)
+        too_long = sum(len(prompt) + len(response) > room for prompt, response in examples)
         total += too_long
         lengths = [[len(ids) for ids in column] for column in zip(*examples)]
         cells = [f"{statistics.median_low(column):,} (to {max(column):,})" for column in lengths]
         yield f"{split:12} {len(rows):8,} {cells[0]:>14} {cells[1]:>14} {too_long:10,}"
-    yield f"Median and longest, in tokens of {model}, which takes {block_size:,}."
+    yield f"Median and longest, in tokens of {model}, which takes {room:,}."
     if total:
         yield f"train.py refuses rows that are too long, or cuts them with --truncate: {total:,} of these."
     if labels := label_words(splits["train"]):
@@ -211,7 +201,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--skip-bad", action="store_true", help="leave out rows that cannot be used, and count them")
     add("--init", default="tiny", help="the model whose tokens to count: tiny, a folder, or a name on the hub")
     add("--template", default="plain", choices=["plain", "chat"], help="layout in which to count and show them")
-    add("--show", type=int, default=0, metavar="N", help="print N rows")
+    add("--show", type=at_least(0), default=0, metavar="N", help="print N rows")
     args = parser.parse_args(argv)
     args.map = parse_pairs(args.map, "--map", KEYS)
     args.labels = parse_pairs(args.labels, "--labels")
@@ -222,8 +212,6 @@ def parse(argv: list[str] | None = None) -> Namespace:
         parser.error("--file is for a public data set, --map and --labels for a file of your own")
     if args.labels and "output" not in args.map or args.map and not {"instruction", "output"} <= set(args.map):
         parser.error("--map needs at least instruction=... and output=..., and --labels needs --map")
-    if args.show < 0:
-        parser.error(f"--show must be at least 0, got {args.show}")
     args.origin = {"from": args.dataset if args.dataset in ("tiny", *SOURCES) else os.path.abspath(args.dataset)}
     name = os.path.splitext(os.path.basename(args.dataset))[0]
     if not args.out and name in ("tiny", *SOURCES) and args.dataset != name:
@@ -244,7 +232,7 @@ def main(argv: list[str] | None = None):
     if args.dataset == "tiny":
         world.tiny(args.out)
     else:
-        splits = read_public(args) if args.dataset in SOURCES else read_own(args)
+        splits = make_splits(args)
         os.makedirs(args.out, exist_ok=True)
         for split in reversed(splits):  # train last: if it is there, the others are, too
             write_rows(os.path.join(args.out, f"{split}.jsonl"), splits[split])
@@ -260,23 +248,17 @@ def main(argv: list[str] | None = None):
     print(f"\nsaved {os.path.relpath(args.out)}. Train on it: python train.py{options}")
 
 
-def read_public(args: Namespace) -> dict[str, list[dict]]:
-    """The splits of a public data set, downloaded or from --file."""
-    source = SOURCES[args.dataset]
-    reshape = as_instruction
-    if source.map:
-        reshape = functools.partial(map_columns, mapping=source.map, labels=source.labels)
+def make_splits(args: Namespace) -> dict[str, list[dict]]:
+    """The splits of a file of any columns, or of a public data set, which is downloaded or in --file."""
+    source = SOURCES.get(args.dataset)
+    own = source or args  # both have a map and labels
+    reshape = functools.partial(map_columns, mapping=own.map, labels=own.labels) if own.map else as_instruction
+    if not source:
+        return fill_missing_splits({"train": read_rows(args.dataset, args.skip_bad, reshape)}, args.dataset)
     files = locate_files(source, args.file, os.path.join(args.out, "raw"))
     # skip_bad: some of Alpaca's outputs are empty.  ignored: what we do not use of these, we know
     splits = {part: read_rows(path, skip_bad=True, reshape=reshape, ignored=set()) for part, path in files.items()}
     return fill_missing_splits(source.choose(splits) if source.choose else splits, args.dataset)
-
-
-def read_own(args: Namespace) -> dict[str, list[dict]]:
-    """The splits of a file of any columns."""
-    reshape = functools.partial(map_columns, mapping=args.map, labels=args.labels) if args.map else as_instruction
-    rows = read_rows(args.dataset, args.skip_bad, reshape)
-    return fill_missing_splits({"train": rows}, args.dataset)
 
 
 def refuse_other_data(args: Namespace):

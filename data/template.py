@@ -112,12 +112,10 @@ class ChatTemplate(Template):
     def answer_text(self, ids: list[int], tokenizer: Tokenizer) -> str:
         return decode_after(":", ids, tokenizer).removeprefix(self.lead).rstrip()
 
-    def _render(self, turns: list[dict], add_generation_prompt: bool, tokenizer: Tokenizer) -> str:
+    def _render(self, turns: list[dict], ask: bool, tokenizer: Tokenizer) -> str:
         turns = [{key: tokenizer.protect(text) for key, text in turn.items()} for turn in turns]
         try:
-            return self.jinja(
-                messages=turns, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self.names
-            )
+            return self.jinja(messages=turns, tools=None, documents=None, add_generation_prompt=ask, **self.names)
         except Exception as e:  # it is a program of the model's author, and may fail in any way
             raise ValueError(f"the model's chat template refuses this ({type(e).__name__}: {e})") from None
 

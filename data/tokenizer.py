@@ -99,10 +99,9 @@ class Tokenizer:
     def load(cls, folder: str) -> "Tokenizer":
         """The tokenizer of a model's folder.  Raises OSError or ValueError if there is none that we can read."""
         files = TokenizerFiles(folder)
-        words = files.path("words.json")
         vocab = files.path("tokenizer.json", "vocab.json", "encoder.json")
         ranks = files.path("tokenizer.model", os.path.join("original", "tokenizer.model"))
-        if words:
+        if words := files.path("words.json"):
             return cls.of_words(read_json(words))
         if vocab:
             try:
@@ -179,10 +178,8 @@ class Tokenizer:
         try:
             encoding = tiktoken.get_encoding(name)
         except OSError as e:
-            reason = f"tiktoken could not download it ({type(e).__name__})"
-            raise FileNotFoundError(
-                f"no vocab.json in {files.folder}, and {reason}: put {name}'s vocab.json and merges.txt there"
-            ) from None
+            missing = f"no vocab.json in {files.folder}, and tiktoken could not download it ({type(e).__name__})"
+            raise FileNotFoundError(f"{missing}: put {name}'s vocab.json and merges.txt there") from None
         end = encoding.eot_token
         engine = engines.TiktokenEngine(engines.GPT2, encoding._mergeable_ranks, {engines.secret_name(end): end})
         return cls._of_files(files, engine, {END: end}, [], END)
@@ -243,8 +240,7 @@ class TokenizerFiles:
 
     def chat_template(self) -> str | None:
         """The template of chat_template.jinja or tokenizer_config.json; of several, the one that is named "default"."""
-        path = self.path("chat_template.jinja")
-        if path:
+        if path := self.path("chat_template.jinja"):
             return read_text(path)
         template = self.tokenizer_config.get("chat_template")
         if isinstance(template, list):
@@ -278,10 +274,8 @@ def find_ends(files: TokenizerFiles, engine: object, special: dict[str, int], si
     if end is None and "eos_token_id" not in files.config:
         end = {"gpt2": 50256, "llama": 2}.get(files.config.get("model_type"))
     if end is None or end >= size:
-        raise ValueError(
-            f"{files.folder} does not say which token ends a text: there is no {eos[:80]}, and no eos_token_id in"
-            " generation_config.json or config.json"
-        )
+        missing = f"there is no {eos[:80]}, and no eos_token_id in generation_config.json or config.json"
+        raise ValueError(f"{files.folder} does not say which token ends a text: {missing}")
     return [end]
 
 
@@ -352,8 +346,7 @@ def describe_gpt2(files: TokenizerFiles, vocab: dict[str, int]) -> dict:
 
 def read_merges(files: TokenizerFiles, vocab: dict[str, int]) -> list[list[str]]:
     """The merges of merges.txt, the first one first.  Without that file, a token's id says how early it was merged."""
-    path = files.path("merges.txt", "vocab.bpe")
-    if path:
+    if path := files.path("merges.txt", "vocab.bpe"):
         lines = read_text(path).split("\n")
         return [line.split(" ") for line in lines if line and not line.startswith("#version")]
     tokens = sorted(vocab.keys() - files.special_names() - {END}, key=vocab.get)

@@ -18,10 +18,11 @@ to teach it that.  Four sets of rows show how well it did:
     test_phrasings.jsonl      ways to ask that no training row uses.  The corpus uses their words
 """
 
+import functools
 import json
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from random import Random
 
 from data.files import write_rows
@@ -116,20 +117,26 @@ def skill_row(rng: Random, task: str, held_entity: bool = False, held_phrasing: 
     return ask(rng, task, forms, held_phrasing, " ".join(x), "these words", " ".join(change(x)))
 
 
-def instructions(seed: str, size: int, avoid: list[dict] | tuple = (), **held: bool) -> list[dict]:
-    """`size` different rows, one task after another, none of them among `avoid`."""
-    rng = random.Random(seed)
-    seen = {template(row) for row in avoid}
-    rows = []
-    tasks = [(fact_row, task) for task in FACTS] + [(skill_row, task) for task in SKILLS]
+def make_row(rng: Random, task: str, **held: bool) -> dict:
+    """A row of any task."""
+    return (fact_row if task in FACTS else skill_row)(rng, task, **held)
+
+
+def different(seed: str, size: int, tasks: list, make: Callable, avoid: list = (), asked: Callable = template) -> list:
+    """`size` rows make(rng, task), one task after another.  None asks the same as another, or as one of `avoid`."""
+    rng, seen, rows = random.Random(seed), set(map(asked, avoid)), []
     while len(rows) < size:
-        make, task = tasks[len(rows) % len(tasks)]
-        row = make(rng, task, **held)
-        if template(row) not in seen:
-            seen.add(template(row))
+        row = make(rng, tasks[len(rows) % len(tasks)])
+        if asked(row) not in seen:
+            seen.add(asked(row))
             rows.append(row)
     rng.shuffle(rows)
     return rows
+
+
+def instructions(seed: str, size: int, avoid: Iterable[dict] = (), **held: bool) -> list[dict]:
+    """`size` different rows, none of them among `avoid`."""
+    return different(seed, size, [*FACTS, *SKILLS], functools.partial(make_row, **held), avoid)
 
 
 # -- The corpus: statements, and instructions without answers ----------------------------------------------------------
@@ -142,8 +149,7 @@ def fact_or_list(rng: Random, task: str) -> dict:
     """The fields of a statement about a random fact or list, for a form of STATED."""
     if task in FACTS:
         pairs, noun, forms = FACTS[task]
-        x = rng.choice(sorted(pairs))
-        y = pairs[x]
+        x, y = rng.choice(sorted(pairs.items()))
     else:
         change, forms = SKILLS[task]
         noun = "these words"
@@ -155,8 +161,7 @@ def fact_or_list(rng: Random, task: str) -> dict:
 
 def unanswered(rng: Random, task: str) -> str:
     """An instruction in any phrasing, without "Response:" and without an answer."""
-    make = fact_row if task in FACTS else skill_row
-    row = make(rng, task, held_entity=rng.random() < 0.2, held_phrasing=rng.random() < 0.3)
+    row = make_row(rng, task, held_entity=rng.random() < 0.2, held_phrasing=rng.random() < 0.3)
     if rng.random() < 0.5:
         return "\n" + template(row).removesuffix("Response:")
     return f" {row['instruction']} {row['input']}".rstrip()
@@ -202,10 +207,9 @@ def tiny(folder: str, corpus: int = 40_000):
     text = [template(row) + " " + row["output"] for rows in files.values() for row in rows]
     vocabulary = os.path.join(folder, "words.json")
     if os.path.exists(os.path.join(folder, "model.safetensors")) and read_json(vocabulary) != pieces(text):
-        raise ValueError(
-            f"the words of this world are no longer those of the model in {folder}: make the data with --out NEW, copy"
-            " its words.json here, and pretrain anew (the command is in docs/RESULTS.md)"
-        )
+        what = f"the words of this world are no longer those of the model in {folder}"
+        advice = "make the data with --out NEW, copy its words.json here, and pretrain anew (docs/RESULTS.md has how)"
+        raise ValueError(f"{what}: {advice}")
     os.makedirs(os.path.join(folder, "pretrain"), exist_ok=True)
     for name, rows in files.items():
         write_rows(os.path.join(folder, f"{name}.jsonl"), rows)

@@ -1,12 +1,9 @@
-"""Forms of IAPT that only a table needs, each with one thing changed, and three controls at inference."""
+"""Forms of IAPT that only a table needs, each with one thing changed, and two controls at inference."""
 
 import contextlib
-from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from data import Example
 from data.scores import score_examples
@@ -65,34 +62,16 @@ ABLATIONS = {
 
 
 @contextlib.contextmanager
-def removing(hooks: list[RemovableHandle]):
-    """Removes the hooks at the end of the with block."""
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextlib.contextmanager
 def swapped_instruction(tuner: Tuner):
     """Every generator reads the instruction of another row of the batch (in a batch of one row, its own)."""
 
     def roll(_, inputs):
         return tuple(x.roll(len(x) // 2, 0) for x in inputs)
 
-    with removing([g.register_forward_pre_hook(roll) for g in tuner.generators]):
+    with contextlib.ExitStack() as hooks:  # removes them at its end
+        for g in tuner.generators:
+            hooks.enter_context(g.register_forward_pre_hook(roll))
         yield
-
-
-def swapped_within_tasks(tuner: Tuner, model: Decoder, examples: list[Example], tasks: Sequence[str]) -> Tensor:
-    """The nats of each example where every generator reads another example of its task (N,); alone, its own."""
-    nats = torch.zeros(len(examples))
-    with swapped_instruction(tuner):
-        for task in set(tasks):
-            rows = [i for i, name in enumerate(tasks) if name == task]  # a batch has rows of this task alone
-            nats[rows] = score_examples(model, [examples[i] for i in rows], tuner)[0].float()
-    return nats
 
 
 @contextlib.contextmanager
@@ -108,7 +87,11 @@ def mean_output(tuner: Tuner, model: Decoder, examples: list[Example]):
     def replace(g, inputs, out):
         return (sums[g] / rows[g]).expand_as(out)
 
-    with removing([g.register_forward_hook(collect) for g in tuner.generators]):
+    with contextlib.ExitStack() as hooks:
+        for g in tuner.generators:
+            hooks.enter_context(g.register_forward_hook(collect))
         score_examples(model, examples, tuner)
-    with removing([g.register_forward_hook(replace) for g in tuner.generators]):
+    with contextlib.ExitStack() as hooks:
+        for g in tuner.generators:
+            hooks.enter_context(g.register_forward_hook(replace))
         yield

@@ -68,15 +68,15 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def timed(f: Callable, device: str, calls: int = 1) -> Callable[[], float]:
-    """f as a function that calls it `calls` times and returns the seconds that the fastest call took."""
+def timed(f: Callable, device: str) -> Callable[[], float]:
+    """f as a function that calls it and returns the seconds that this took."""
 
     def seconds():
         begin = now(device)
         f()
         return now(device) - begin
 
-    return lambda: min(seconds() for _ in range(calls))
+    return seconds
 
 
 def interleaved(rivals: dict[str, Callable], rounds: int, title: str) -> dict[str, list]:
@@ -237,11 +237,6 @@ class Floor(Tuner):
         return super().around_blocks(model, x + self.zero.to(x.dtype), rope, instr, cache)
 
 
-def training_loss(model: Decoder, tuner: Tuner, idx: Tensor, targets: Tensor, instr: Tensor) -> Tensor:
-    """The loss of a batch, as train.py computes it."""
-    return head_loss(model, model.hidden(idx, instr, tuner, n=int((targets >= 0).sum(1).max())), targets)
-
-
 class TrainingStep:
     """Forward pass (`loss`), backward pass and AdamW, for a module that is a model or, given one, a tuner of it."""
 
@@ -269,8 +264,7 @@ def bench_step(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:
     """A training step of each method.  Half of the tokens are instruction.  kept: for the backward pass."""
     model.checkpointing = args.checkpoint
     idx = torch.randint(model.config.vocab_size, (args.rows, args.tokens), device=args.device)
-    floor, (targets, instr) = Floor(model.config).to(idx.device), targets_of(idx)
-    steps = {FLOOR: TrainingStep(floor, functools.partial(training_loss, model, floor, idx, targets, instr), model)}
+    steps = {FLOOR: our_step(model, Floor(model.config).to(idx.device), idx)}
     steps |= our_steps(model, idx, args.methods)
     if args.compile:
         twin = our_model(name, args)  # a part is compiled in place
@@ -293,9 +287,15 @@ def targets_of(idx: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(instr, -1, idx.roll(-1, 1)), instr
 
 
+def our_step(model: Decoder, tuner: Tuner, idx: Tensor) -> TrainingStep:
+    """A step with the loss as train.py computes it."""
+    targets, instr = targets_of(idx)
+    hidden = lambda: model.hidden(idx, instr, tuner, n=int((targets >= 0).sum(1).max()))
+    return TrainingStep(tuner, lambda: head_loss(model, hidden(), targets), model)
+
+
 def our_steps(model: Decoder, idx: Tensor, methods: list[str], compiled: bool = False) -> dict[str, TrainingStep]:
     """{label: step} of methods of ours, which share the model; compiled: as `train.py --compile` does it."""
-    targets, instr = targets_of(idx)
     steps = {}
     for method in methods:
         tuner = random_tuner(method, model)
@@ -303,7 +303,7 @@ def our_steps(model: Decoder, idx: Tensor, methods: list[str], compiled: bool = 
             with attached(tuner, model):
                 compile_parts(model, tuner)
         label = f"ours: {method}{', in fp32' * (method == 'full')}{', compiled' * compiled}"
-        steps[label] = TrainingStep(tuner, functools.partial(training_loss, model, tuner, idx, targets, instr), model)
+        steps[label] = our_step(model, tuner, idx)
     return steps
 
 

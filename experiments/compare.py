@@ -18,8 +18,8 @@ No choice sees a test row.  Some methods cannot spend the budget (prompt, dynami
 the column "trained".  Interrupted, the same command continues.  For more methods or seeds, name the old ones, too:
 what is finished is not run again.
 
-A map of this file: TABLES and ROWS; sized; the work of one process (train_one, score_one, write_one, and measure, which
-calls them for a method); main.  report.py makes the tables.
+A map of this file: TABLES and ROWS; sized; the work of one process (train_one, score_one, and measure, which calls them
+for a method); main.  report.py makes the tables.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from baselines import METHODS, build, spell_out
 from data import Example, evenly_spaced, p3
 from data.scores import score_examples
 from data.tokenizer import Tokenizer
-from experiments.ablations import ABLATIONS, mean_output, swapped_instruction, swapped_within_tasks
+from experiments.ablations import ABLATIONS, mean_output, swapped_instruction
 from experiments.bench import machine
 from experiments.report import DIVERGED, Scores, report
 from model import Config, Tuner
@@ -53,20 +53,12 @@ from plumbing.files import read_json, replacing, write_json
 from plumbing.hub import find_model
 from plumbing.pretrained import read_config
 
-
-class Table(NamedTuple):
-    """The work of one table."""
-
-    options: str  # of train.py
-    budget: int  # trained parameters
-
-
 SMOLLM2 = "--init HuggingFaceTB/SmolLM2-135M-Instruct"
 STEPS = "--steps 300 --batch-size 8 --eval-every 100"
-TABLES = {
-    "tiny": Table("--steps 800 --eval-every 200", 16_000),
-    "p3": Table(f"{SMOLLM2} --data data/p3 --truncate --block-size 320 --val-rows 0 {STEPS}", 225_000),
-    "e2e": Table(f"{SMOLLM2} --data data/e2e {STEPS}", 225_000),
+TABLES = {  # options of train.py, and how many parameters are trained
+    "tiny": ("--steps 800 --eval-every 200", 16_000),
+    "p3": (f"{SMOLLM2} --data data/p3 --truncate --block-size 320 --val-rows 0 {STEPS}", 225_000),
+    "e2e": (f"{SMOLLM2} --data data/e2e {STEPS}", 225_000),
 }
 
 
@@ -171,8 +163,7 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
 
     Its arrays are named TEST/nats, /wrong (tokens that greedy decoding gets wrong) and /tokens; "plain" is the text
     that has nothing to do with the task.  A method that reads the instruction is scored again with another row's
-    instruction (TEST/swapped), with that of another row of the same task (TEST/within), and with the mean of what it
-    writes (TEST/mean).
+    instruction (TEST/swapped), and with the mean of what it writes (TEST/mean).
     """
     path, options_file = os.path.join(folder, "scores.npz"), os.path.join(folder, "scored.json")
     if finished(options_file, [*options, *own]):  # written last
@@ -196,10 +187,6 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
                 with context:
                     for name in session.tests:
                         arrays[f"{name}/{control}"] = score_examples(model, sets[name], tuner)[0].float().numpy()
-            for name in session.tests:
-                tasks = arrays[f"{name}/family"]
-                if len(set(tasks)) > 1:  # of one task, that would be TEST/swapped again
-                    arrays[f"{name}/within"] = swapped_within_tasks(tuner, model, sets[name], tasks).numpy()
     os.makedirs(folder, exist_ok=True)
     with replacing(path, "wb") as f:
         np.savez_compressed(f, **arrays)
@@ -253,10 +240,8 @@ def start_process(threads: int):
 
 def measure(args: Namespace, name: str) -> dict:
     """A row of the table: a method's rate, runs and scores, or the frozen model's scores."""
-    works = {} if args.validate_only else {"scores": score_one}
     if name == "frozen":
-        folder = os.path.join(args.out, "runs", name)
-        return {"method": name} | {key: [work(args.options, [], folder)] for key, work in works.items()}
+        return {"method": name, "scores": [score_one(args.options, [], os.path.join(args.out, "runs", name))]}
     method, config = ROWS[name].method, open_config(args)
     options, _ = sized(config, name, args.budget)
     spelled = spell_out(method, options)  # all of them, so that no run from before a default changed stands for this
@@ -276,7 +261,7 @@ def measure(args: Namespace, name: str) -> dict:
         "method": name, "options": " ".join(options), "trainable": runs[0]["trainable"], "lr": rate, "search": vals,
         "val": [r["val"] for r in runs], "curves": [r["curve"] for r in runs],
         "seconds": statistics.median(r["seconds"] for r in runs), "seeds": len(runs),
-        **{key: [run_of(work, rate, seed) for seed in range(args.seeds)] for key, work in works.items()},
+        "scores": [] if args.validate_only else [run_of(score_one, rate, seed) for seed in range(args.seeds)],
     }  # fmt: skip
 
 
@@ -335,8 +320,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--out", help="folder of the results (default: out/compare/TABLE)")
     args, args.rest = parser.parse_known_args(argv)
     args.out = args.out or os.path.join("out", "compare", args.table)
-    args.options = [*TABLES[args.table].options.split(), *args.rest]
-    args.budget = args.budget or TABLES[args.table].budget
+    options, budget = TABLES[args.table]
+    args.options = [*options.split(), *args.rest]
+    args.budget = args.budget or budget
     args.methods = [name for name in args.methods.split(",") if name != "frozen"]  # that one is always scored
     for name in args.methods:
         if name not in ROWS:

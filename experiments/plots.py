@@ -2,7 +2,7 @@
 
     python -m experiments.plots reads out/iapt "what is the capital of peru ?"   # what each soft token reads
     python -m experiments.plots curves out/iapt out/lora     # validation loss, run beside run
-    python -m experiments.plots tasks out/tasks/tasks.json   # what reading is worth, from experiments.tasks
+    python -m experiments.plots bars "tiny=out/compare/tiny/scores.npz"      # rows answered exactly, group by group
 
 All but `reads` need matplotlib.
 """
@@ -15,11 +15,12 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
+from experiments.report import Scores, difference
 from iapt import IAPT, PaperIAPT
 from plumbing.checkpoint import RunFolder
 from plumbing.cli import Parser, UsageError, at_least, pick_device, run
 from plumbing.explain import reading_weights
-from plumbing.files import read_json, replacing
+from plumbing.files import replacing
 from sample import open_runs
 
 # -- What each soft token reads ----------------------------------------------------------------------------------------
@@ -118,43 +119,44 @@ def plot_curves(args: Namespace):
     save(figure, args.out)
 
 
-def plot_tasks(args: Namespace):
-    """The loss of constants minus that of IAPT: against the number of tasks, and at 64 tasks against steps."""
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(8.4, 3), sharey=True)
-    if not os.path.exists(args.file):
-        raise FileNotFoundError(f"there is no {args.file}. Run: python -m experiments.tasks")
-    cells = read_json(args.file)
-    try:
-        steps = min(cell["steps"] for cell in cells)
-        models = list(dict.fromkeys(cell["model"] for cell in cells))
-        longest = {c["model"]: c for c in sorted(cells, key=lambda c: c["steps"]) if c["tasks"] == 64}
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{args.file} is not a tasks.json of experiments.tasks") from None
-    for model, color in zip(models, COLORS):
-        own = sorted((c for c in cells if (c["model"], c["steps"]) == (model, steps)), key=lambda c: c["tasks"])
-        tasks, (mean, low, high) = [c["tasks"] for c in own], np.array([c["constants minus iapt"] for c in own]).T
-        left.errorbar(tasks, mean, (mean - low, high - mean), marker="o", capsize=3, color=color, label=model)
-        if model in longest:
-            iapt, constants = (mean_curve(longest[model]["validation"][name]) for name in ("iapt", "constants"))
-            right.plot(list(iapt), [constants[step] - iapt[step] for step in iapt], marker="o", color=color)
-    for axis in (left, right):
-        axis.axhline(0, color=GREY, linewidth=0.8)
-    left.set(xscale="log", xlabel=f"tasks ({steps} steps, test rows)", ylabel="nats below constants")
-    left.set_xticks([4, 16, 64], ["4", "16", "64"])
-    left.minorticks_off()
-    left.legend(title="a model", loc="upper left")
-    right.set(xlabel="steps (64 tasks, validation rows)")
+BARS = {"lora-mlp": "LoRA on the MLP", "iapt": "IAPT", "constants": "IAPT without its generator"}
+
+
+def plot_bars(args: Namespace):
+    """Percent of the test rows that LoRA, IAPT and IAPT without its generator answer exactly, with 95 % intervals."""
+    figure, axis = pyplot().subplots(figsize=(8, 3.4))
+    names, _, paths = zip(*(group.rpartition("=") for group in args.groups))
+    if not all(names):
+        raise UsageError(f"bars takes NAME=FILE, each with a scores.npz of experiments.compare, got {args.groups}")
+    groups = np.array([exact_rows(path) for path in paths])  # (groups, bars, 3)
+    for i, (label, color) in enumerate(zip(BARS.values(), (COLORS[1], COLORS[0], COLORS[0] + "80"))):
+        height, low, high = groups[:, i].T
+        style = {"width": 0.27, "color": color, "ecolor": GREY, "capsize": 3, "label": label}
+        bars = axis.bar(np.arange(len(names)) + 0.29 * (i - 1), height, yerr=(height - low, high - height), **style)
+        axis.bar_label(bars, fmt="%.0f", padding=2)
+    axis.set(ylabel="rows answered exactly, %", title="Test rows answered exactly, by methods of about the same size")
+    axis.set_xticks(range(len(names)), names)
+    axis.legend()
     save(figure, args.out)
 
 
-def mean_curve(curves: list[list[list[float]]]) -> dict[int, float]:
-    """{step: loss}, the mean over curves of [step, loss], as far as all of them go."""
-    return {points[0][0]: sum(loss for _, loss in points) / len(points) for points in zip(*curves)}
+def exact_rows(path: str) -> list[tuple[float, float, float]]:
+    """(percent of rows answered exactly, mean over seeds, and its 95 % interval) of each method of BARS, from a file.
+
+    Raises ValueError if the file has not the scores of all of them.
+    """
+    try:
+        scores = Scores(path)
+        right = [[wrong == 0 for wrong in scores.get(method, scores.tests[0], "wrong")] for method in BARS]
+    except (IndexError, KeyError, OSError, TypeError, ValueError):
+        raise ValueError(f"{path} is no scores.npz of experiments.compare with {', '.join(BARS)}") from None
+    ones = np.ones(len(right[0][0]))  # a row counts once, as a token does
+    return [tuple(np.clip(difference(seeds, [0 * ones], ones), 0, 1) * 100) for seeds in right]
 
 
 # -- The command line --------------------------------------------------------------------------------------------------
 
-PLOTS = {"reads": plot_reads, "curves": plot_curves, "tasks": plot_tasks}
+PLOTS = {"reads": plot_reads, "curves": plot_curves, "bars": plot_bars}
 
 
 def main(argv: list[str] | None = None):
@@ -167,7 +169,7 @@ def main(argv: list[str] | None = None):
     command["reads"].add_argument("instruction")
     command["reads"].add_argument("--layers", type=at_least(1), nargs="+", help="which layers (default: all)")
     command["curves"].add_argument("runs", nargs="+", metavar="run", help="folders of runs")
-    command["tasks"].add_argument("file", help="tasks.json")
+    command["bars"].add_argument("groups", nargs="+", metavar="name=file", help="a scores.npz of experiments.compare")
     args = parser.parse_args(argv)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     PLOTS[args.plot](args)

@@ -124,10 +124,6 @@ class RunFolder:
         names = ("best.pt", "last.pt", "previous.pt", "log.jsonl")
         self.best, self.last, self.previous, self.log = self.files = [os.path.join(path, name) for name in names]
 
-    def holds_run(self) -> bool:
-        """Whether a run has left any of its files here."""
-        return any(map(os.path.exists, self.files))
-
     def can_resume(self) -> bool:
         """Whether there is a checkpoint to resume from."""
         return os.path.exists(self.last) or os.path.exists(self.previous)
@@ -136,10 +132,9 @@ class RunFolder:
         """Raise FileExistsError if there is a run that would be lost, FileNotFoundError if there is none to resume."""
         if resume and not self.can_resume():
             raise FileNotFoundError(f"--resume: there is no run at {self.path}")
-        if self.holds_run() and not (resume or force):
-            raise FileExistsError(
-                f"{self.path} holds a run: --resume continues it, --force starts again, --out names another folder"
-            )
+        if any(map(os.path.exists, self.files)) and not (resume or force):
+            advice = "--resume continues it, --force starts again, --out names another folder"
+            raise FileExistsError(f"{self.path} holds a run: {advice}")
 
     def lock(self, force: bool = False):
         """Make the folder and lock it until this process ends.  With `force`, remove the run that is in it.
@@ -198,9 +193,8 @@ class RunFolder:
             content = load_checkpoint(path)
             print(f"{e}; going on from {path}, step {content.get('state', {}).get('step')}", file=sys.stderr)
         if renamed(content["tuner"]).keys() != content["tuner"].keys():
-            raise ValueError(
-                f"--resume: {path} is of an older version: begin with --warm-start {path}, and another --out"
-            )
+            advice = f"begin with --warm-start {path}, and another --out"
+            raise ValueError(f"--resume: {path} is of an older version: {advice}")
         if "optimizer" not in content or "state" not in content:
             raise ValueError(f"--resume: {path} is a checkpoint without the optimizer's state: it cannot be resumed")
         for key, value in meta.items():

@@ -5,7 +5,6 @@ public models whose weights are safetensors are downloaded plainly, into the sam
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ SMALL = ["config.json", "generation_config.json", *VOCABULARIES, "merges.txt", "
          *(f"{name}.index.json" for name in WEIGHTS)]  # fmt: skip
 ENDPOINT = "https://huggingface.co"
 TIMEOUT = 30.0  # seconds without a byte
+env = os.environ.get
 
 
 def find_model(name: str) -> str:
@@ -40,8 +40,7 @@ def find_model(name: str) -> str:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
         raise FileNotFoundError(f"no model at {name}: it is no folder, none of {', '.join(NAMES)}, and no OWNER/NAME")
     cached = cached_model(repo) or cached_model(name)  # older caches have gpt2 under that name alone
-    offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-    offline = offline.upper() in ("1", "ON", "YES", "TRUE")
+    offline = (env("HF_HUB_OFFLINE") or env("TRANSFORMERS_OFFLINE") or "").upper() in ("1", "ON", "YES", "TRUE")
     if cached and (offline or any(os.path.exists(os.path.join(cached, file)) for file in VOCABULARIES)):
         return cached
     if offline:
@@ -58,9 +57,8 @@ def find_model(name: str) -> str:
 
 def cache_folder() -> str:
     """The folder of the cache of models, by huggingface_hub's variables, in which a quoted ~ or $NAME may be left."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
-    folder = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    home = env("HF_HOME") or os.path.join(env("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    folder = env("HF_HUB_CACHE") or env("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
     return os.path.expandvars(os.path.expanduser(folder))
 
 
@@ -98,16 +96,16 @@ def download_model(repo: str) -> str:
     try:
         from huggingface_hub import HfApi
 
-        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or ENDPOINT)
+        api = HfApi(endpoint=env("HF_ENDPOINT") or ENDPOINT)
     except ImportError:
         api = PlainApi()
     info = api.model_info(repo, revision="main", files_metadata=True)
     folder = repo_path(repo, "snapshots", info.sha)
-    fetch = functools.partial(api.snapshot_download, repo, revision=info.sha, cache_dir=cache_folder())
-    fetch(allow_patterns=SMALL)
+    where = {"revision": info.sha, "cache_dir": cache_folder()}
+    api.snapshot_download(repo, allow_patterns=SMALL, **where)
     read_config(os.path.join(folder, "config.json"))  # refuse what we cannot run before gigabytes of it arrive
     names = weight_names(folder, [file.rfilename for file in info.siblings])
-    fetch(allow_patterns=names)
+    api.snapshot_download(repo, allow_patterns=names, **where)
     if missing := [name for name in names if not os.path.exists(os.path.join(folder, name))]:
         raise FileNotFoundError(f"{missing[0]} did not come")  # the package does not say so
     os.makedirs(repo_path(repo, "refs"), exist_ok=True)
@@ -121,23 +119,23 @@ def in_one_line(repo: str, error: Exception) -> OSError:
     error = error.__cause__ or error
     response = getattr(error, "response", error)  # urllib's HTTPError is its own response
     code = getattr(response, "status_code", None) or getattr(response, "code", None)
-    endpoint = os.environ.get("HF_ENDPOINT") or ENDPOINT
-    if code in (401, 403, 404):
-        gated = response.headers.get("X-Error-Code") == "GatedRepo"
-        public = f"{endpoint} has no public {repo} ({code}), and it is no folder. If the name is right"
-        what = f"{repo} is gated" if gated else public
-        install = "" if find_spec("huggingface_hub") else "pip install huggingface_hub, "
-        advice = f"accept its terms on {ENDPOINT}/{repo}, {install}and set HF_TOKEN to a token of yours"
-        return (PermissionError if gated else FileNotFoundError)(f"{what}: {advice}")
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return ConnectionError(f"no {repo} from {endpoint} ({reason}): try again, or give a folder")
+    endpoint = env("HF_ENDPOINT") or ENDPOINT
+    if code not in (401, 403, 404):
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return ConnectionError(f"no {repo} from {endpoint} ({reason}): try again, or give a folder")
+    install = "" if find_spec("huggingface_hub") else "pip install huggingface_hub, "
+    advice = f"accept its terms on {ENDPOINT}/{repo}, {install}and set HF_TOKEN to a token of yours"
+    if response.headers.get("X-Error-Code") == "GatedRepo":
+        return PermissionError(f"{repo} is gated: {advice}")
+    public = f"{endpoint} has no public {repo} ({code}), and it is no folder"
+    return FileNotFoundError(f"{public}. If the name is right: {advice}")
 
 
 class PlainApi:
     """What `download_model` asks of huggingface_hub.HfApi, for public safetensors alone.  Raises urllib's errors."""
 
     def __init__(self):
-        if name := next(filter(os.environ.get, ("HF_ENDPOINT", "HF_TOKEN")), None):
+        if name := next(filter(env, ("HF_ENDPOINT", "HF_TOKEN")), None):
             raise ValueError(f"to download a model with {name}, pip install huggingface_hub (or unset {name})")
 
     def model_info(self, repo: str, **_) -> SimpleNamespace:

@@ -116,8 +116,8 @@ def load_pretrained(folder: str, dtype: torch.dtype = torch.float32, device: str
     if config.tied:
         filled["head.weight"] = filled["wte.weight"]
     if theirs:
-        name = min(theirs)
-        raise ValueError(f"{folder} has {len(theirs)} tensors that this model has no place for, such as {name[:80]}")
+        some = min(theirs)[:80]
+        raise ValueError(f"{folder} has {len(theirs)} tensors that this model has no place for, such as {some}")
     model.load_state_dict(filled, assign=True)
     if config.tied:
         model.head.weight = model.wte.weight
@@ -217,20 +217,16 @@ def read_config(path: str) -> Config:
     try:
         rope = read_rope(theirs) if arch == "llama" else {}
         check_values({CONFIG[arch].get(ours, ours): x for ours, x in {**values, **rope}.items()})
-        return check_heads(Config(arch=arch, **{**HF_DEFAULTS[arch], **values, **rope}), "head_dim" in values)
+        c = Config(arch=arch, **{**HF_DEFAULTS[arch], **values, **rope})
+        if "head_dim" not in values and c.n_embd % c.n_head:
+            raise ValueError(f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}")
+        if c.n_head % c.n_kv_head:
+            raise ValueError(f"n_head={c.n_head} is not a multiple of n_kv_head={c.n_kv_head}")
+        if arch == "llama" and c.head_dim % 2:
+            raise ValueError(f"rotary positions turn pairs: head_dim must be even, got {c.head_dim}")
+        return c
     except (TypeError, ValueError, AttributeError) as e:
         raise ValueError(f"{path}: {str(e)[:300]}") from None
-
-
-def check_heads(c: Config, own_head_dim: bool) -> Config:
-    """The config.  Raises ValueError if its numbers of heads, or the size of one, do not go together."""
-    if not own_head_dim and c.n_embd % c.n_head:
-        raise ValueError(f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}")
-    if c.n_head % c.n_kv_head:
-        raise ValueError(f"n_head={c.n_head} is not a multiple of n_kv_head={c.n_kv_head}")
-    if c.arch == "llama" and c.head_dim % 2:
-        raise ValueError(f"rotary positions turn pairs: head_dim must be even, got {c.head_dim}")
-    return c
 
 
 def check_values(values: dict):
@@ -254,19 +250,16 @@ def read_rope(theirs: dict) -> dict:
     Raises ValueError for a kind of scaling that our decoder lacks, and for parameters that are missing.
     """
     rope = {"rope_theta": theirs.get("rope_theta") or 10000.0}
-    rope["partial_rotary_factor"] = theirs.get("partial_rotary_factor")
-    rope.update(theirs.get("rope_scaling") or {})
-    rope.update(theirs.get("rope_parameters") or {})
+    rope |= {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
     if "original_max_position_embeddings" in theirs:
         rope["original_max_position_embeddings"] = theirs["original_max_position_embeddings"]
-    share = rope.get("partial_rotary_factor")
+    share = rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor"))
     if share not in (None, 1):
         raise ValueError(f"partial_rotary_factor is {share!r}; our decoder rotates all of a head")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE:
         raise ValueError(f"rotary scaling {kind!r}; we have {', '.join(ROPE)}")
-    missing = [name for name in ROPE[kind] if name not in rope]
-    if missing:
+    if missing := [name for name in ROPE[kind] if name not in rope]:
         raise ValueError(f"rotary scaling {kind!r} without {', '.join(missing)}")
     scaling = {"rope_type": kind, **{name: rope[name] for name in ROPE[kind]}} if ROPE[kind] else None
     return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
@@ -358,8 +351,7 @@ def read_safetensors(path: str) -> dict[str, LazyTensor]:
             entries = sorted(entries, key=lambda entry: entry[2:4])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(f"{path} has a broken header ({type(e).__name__}: {str(e)[:80]})") from None
-    tensors = {}
-    end = 0
+    tensors, end = {}, 0
     for dtype, shape, start, stop, name in entries:
         valid = isinstance(shape, list) and all(type(i) is int and i >= 0 for i in (*shape, start, stop))
         if not valid or start != end or stop - start != math.prod(shape) * dtype.itemsize:
@@ -384,8 +376,7 @@ def read_tensor(path: str, dtype: torch.dtype, shape: list[int], start: int) -> 
 def write_safetensors(path: str, tensors: dict[str, Tensor]):
     """Write {name: tensor}, atomically."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header = {"__metadata__": {"format": "pt"}}
-    end = 0
+    header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, x in tensors.items():
         start, end = end, end + x.numel() * x.element_size()
         header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [start, end]}

@@ -67,9 +67,9 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
 
 
 def test_the_last_checkpoint_is_kept_as_the_previous_one(folder):
-    assert not folder.holds_run() and not folder.can_resume()
+    assert not any(map(os.path.exists, folder.files)) and not folder.can_resume()
     save(folder, 1, 1.0)
-    assert folder.holds_run() and folder.can_resume() and not os.path.exists(folder.previous)
+    assert os.path.exists(folder.last) and folder.can_resume() and not os.path.exists(folder.previous)
     save(folder, 2, 2.0)
     assert value_of(load_checkpoint(folder.last)) == 2.0 and value_of(load_checkpoint(folder.previous)) == 1.0
     os.remove(folder.last)
@@ -117,7 +117,7 @@ def test_force_removes_the_run_and_nothing_else(folder):
     with open(os.path.join(folder.path, "notes.txt"), "w") as f:
         f.write("mine")
     folder.lock(force=True)
-    assert not folder.holds_run() and sorted(os.listdir(folder.path)) == ["lock", "notes.txt"]
+    assert not any(map(os.path.exists, folder.files)) and sorted(os.listdir(folder.path)) == ["lock", "notes.txt"]
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(folder):

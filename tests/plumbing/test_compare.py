@@ -1,5 +1,6 @@
 """The comparison of methods: equal sizes, what chooses a rate, what is saved, differences, controls."""
 
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -12,7 +13,6 @@ from conftest import SMALL, right_padded, shake, small_tuner
 import train
 from baselines import METHODS
 from data import TINY, load_splits
-from data.scores import score_examples
 from data.tokenizer import pieces
 from experiments import ablations, compare, tasks
 from experiments.compare import ROWS, count, sized
@@ -85,7 +85,7 @@ def test_the_rate_with_the_lowest_validation_loss_is_chosen_and_only_its_runs_ar
 
 def test_without_scoring_no_test_row_is_touched(tmp_path, jobs):
     jobs.best = 1e-2
-    assert "scores" not in measured(tmp_path, "capt", "--validate-only")
+    assert measured(tmp_path, "capt", "--validate-only")["scores"] == []
     assert jobs.trained and not jobs.scored
 
 
@@ -210,20 +210,6 @@ def test_the_controls_are_what_they_are_called_and_leave_nothing_behind(model):
     assert torch.equal(model(idx, instr, tuner), before)
 
 
-def test_an_instruction_is_swapped_with_one_of_the_same_task(model):
-    """Alone in its task, a row keeps its own; two of a task swap, whatever other rows there are."""
-    tuner = shake(small_tuner("iapt", model), 0.3)
-    prompts = [[3, 1, 4, 1], [2, 7, 1, 8], [9, 9, 9, 9]]
-    examples = [train.Example(prompt, [5, 9]) for prompt in prompts]
-    own = score_examples(model, examples, tuner)[0].float()
-    within = ablations.swapped_within_tasks(tuner, model, examples, ["a", "b", "a"])
-    assert within[1] == pytest.approx(own[1].item()) and not torch.allclose(within, own)
-    pair = [examples[0], examples[2]]
-    with ablations.swapped_instruction(tuner):
-        swapped = score_examples(model, pair, tuner)[0].float()
-    torch.testing.assert_close(within[[0, 2]], swapped)
-
-
 @pytest.mark.parametrize("name", ablations.ABLATIONS)
 def test_a_form_of_iapt_differs_from_it_in_one_thing_and_trains_all_that_it_has(model, name):
     """All of them start as the frozen model, but for those whose point it is not to."""
@@ -262,18 +248,17 @@ def test_the_table_says_who_is_better_on_the_same_rows(tmp_path):
 
 
 def test_a_control_that_a_test_set_lacks_is_a_dash(tmp_path):
-    """Where all rows are of one task, none can be swapped within it."""
     arrays = {}
     for test in ("test", "test_new"):
         for name in ("frozen", "iapt"):
             for what, value in (("nats", 1.0), ("wrong", 0), ("tokens", 1)):
                 arrays[f"{name}/0/{test}/{what}"] = np.full(50, value)
             arrays[f"{name}/0/{test}/family"] = np.array(["x"] * 50)
-    arrays["iapt/0/test_new/within"] = np.full(50, 1.5)
+    arrays["iapt/0/test_new/swapped"] = np.full(50, 1.5)
     np.savez(tmp_path / "scores.npz", **arrays)
     rows = [{"method": "iapt", "trainable": 5, "lr": 0.1}]
     *_, line = report(rows, Scores(str(tmp_path / "scores.npz")))
-    assert line == "| iapt: the instruction of another row of the task | – | +0.500 (+0.500 to +0.500) |"
+    assert line == "| iapt: another row's instruction | – | +0.500 (+0.500 to +0.500) |"
 
 
 @pytest.mark.parametrize(
@@ -329,69 +314,30 @@ def test_the_whole_command_continues_where_it_was(rows, tmp_path, capsys):
     assert capsys.readouterr().out == table and "| capt |" in table
 
 
-def test_tasks_are_questions_in_moods_and_no_row_is_in_two_splits(tmp_path):
-    tasks.write_tasks(str(tmp_path), tasks.QUESTIONS[:2], dict(list(tasks.MOODS.items())[:2]))
-    splits = load_splits(str(tmp_path))
+def test_tasks_are_questions_in_moods_and_no_row_is_in_two_splits(tmp_path, capsys):
+    out = str(tmp_path / "x")
+    tasks.main(["4", "--out", out])
+    assert f"compare tiny --data {out}" in capsys.readouterr().out
+    splits = load_splits(out)
     assert {row["task"] for row in splits["train"]} == {row["task"] for row in splits["test"]}
     assert len({row["task"] for row in splits["train"]}) == 4
     polite = next(row for row in splits["train"] if row["task"] == "capital polite")
     assert "polite" in polite["instruction"] and polite["output"].startswith("please ")
     rows = [tasks.asked(row) for split in splits.values() for row in split]
     assert len(rows) == len(set(rows)) == 6400 + 640 + 320
-    assert not set(tasks.QUESTIONS) & set(tasks.OTHER_QUESTIONS) and not set(tasks.MOODS) & set(tasks.OTHER_MOODS)
 
 
-def test_tasks_have_only_words_that_the_shipped_model_knows(tmp_path):
+def test_tasks_have_only_words_that_the_shipped_model_knows():
     words = set(read_json(os.path.join(TINY, "words.json")))
-    for questions, moods in ((tasks.QUESTIONS, tasks.MOODS), (tasks.OTHER_QUESTIONS, tasks.OTHER_MOODS)):
-        for row in tasks.rows_of("train", 640, questions, moods):
-            assert set(pieces([f"Instruction: {row['instruction']} {row['output']}"])) <= words, row
+    for row in tasks.make_tasks(64)["test"]:
+        assert set(pieces([f"Instruction: {row['instruction']} {row['output']}"])) <= words, row
 
 
-CELL = {
-    **dict.fromkeys(tasks.PARTS, [0.1, 0.05, 0.2]),
-    **{key: dict.fromkeys(("frozen", "iapt", "constants"), 1.0) for key in ("nats", "exact")},
-}
-
-
-def test_a_cell_says_on_which_rows_reading_pays(tmp_path):
-    """Constants lose a nat a token on lists alone; another instruction costs two everywhere."""
-    names = np.array(["capital short", "reverse short", "spanish slow", "last polite"] * 10)
-    lists, arrays = np.isin(names, ["reverse short", "last polite"]), {}
-    for name, nats in (("frozen", 9.0), ("iapt", 1.0), ("constants", 1.0 + lists)):
-        arrays[f"{name}/0/test/nats"] = nats * np.ones(40)
-        arrays[f"{name}/0/test/wrong"], arrays[f"{name}/0/test/tokens"] = np.zeros(40), np.ones(40)
-        arrays[f"{name}/0/test/family"] = names
-    arrays["iapt/0/test/swapped"] = np.full(40, 3.0)
-    np.savez(tmp_path / "scores.npz", **arrays)
-    rows = [{"method": name, "trainable": 5, "lr": 0.1, "curves": []} for name in ("iapt", "constants")]
-    write_json(str(tmp_path / "compare.json"), {"rows": [*rows, {"method": "frozen"}]})
-    cell = tasks.measured(str(tmp_path))
-    means = [cell[part][0] for part in tasks.PARTS]
-    assert means == pytest.approx([0.5, 0.0, 1.0, 0.5, 2.0]) and set(cell["trained"]) == {"iapt", "constants"}
-
-
-def test_the_table_of_tasks_has_a_line_for_each_cell():
-    cell = {"model": "never tuned", "tasks": 4, "steps": 800, **CELL}
-    head, _, line = tasks.table([cell])
-    assert line.startswith("| never tuned | 4 | 800 | 1.000 (1.0 %) |") and line.count("+0.100 (+0.050 to +0.200)") == 5
-    assert head.count("|") == line.count("|")
-
-
-def test_a_number_of_tasks_measured_again_takes_the_old_cell_s_place(tmp_path, monkeypatch):
-    out, cells = str(tmp_path), iter(range(9))
-    monkeypatch.setattr(tasks, "tuned_on_other_tasks", lambda folder: "tuned")
-    monkeypatch.setattr(tasks.compare, "main", lambda argv: None)
-    monkeypatch.setattr(tasks, "measured", lambda folder: {**CELL, "trained": next(cells)})
-    tasks.main(["--tasks", "4", "16", "--out", out])
-    tasks.main(["--tasks", "4", "--seeds", "3", "--out", out])
-    saved = read_json(os.path.join(out, "tasks.json"))
-    assert [(c["tasks"], c["seeds"], c["trained"]) for c in saved] == [(16, 5, 2), (16, 5, 3), (4, 3, 4), (4, 3, 5)]
-
-
-def test_rows_of_another_version_are_not_mixed_with_finished_runs(tmp_path):
-    path = str(tmp_path / "x" / "train.jsonl")
-    tasks.write_or_compare(path, [{"instruction": "a", "input": "", "output": "b"}])
-    tasks.write_or_compare(path, [{"instruction": "a", "input": "", "output": "b"}])
-    with pytest.raises(ValueError, match="was made by another version of experiments.tasks: --out names another"):
-        tasks.write_or_compare(path, [{"instruction": "a", "input": "", "output": "c"}])
+def test_rows_of_tasks_are_those_of_the_saved_results_and_take_no_others_place(tmp_path):
+    """The digest is of what was written at 0b6e8b6."""
+    tasks.main(["4", "--out", str(tmp_path)])
+    tasks.main(["4", "--out", str(tmp_path)])
+    test = tmp_path / "test.jsonl"
+    assert hashlib.sha256(test.read_bytes()).hexdigest()[:16] == "d8c7f0007ac52955"
+    with pytest.raises(ValueError, match="train.jsonl has other rows: --out names another folder"):
+        tasks.main(["16", "--out", str(tmp_path)])

@@ -1,16 +1,18 @@
 """Plots show what is there."""
 
 import builtins
-import json
 import os
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, run_in
 
 import train
 from experiments import plots
+
+P3_FROZEN = os.path.join(ROOT, "experiments", "results", "p3", "frozen-chat.npz")
 
 
 @pytest.fixture(scope="session")
@@ -36,15 +38,25 @@ def test_the_words_and_shades_are_those_of_the_pooling(tmp_path):
 
 def arguments(plot, runs, folder):
     """What a plot takes on the command line."""
-    curves = {"iapt": [[[1, 2.0], [2, 1.0]]], "constants": [[[1, 2.0], [2, 1.5]]]}
-    cell = {"steps": 2, "constants minus iapt": [0.5, 0.4, 0.6], "validation": curves}
-    table = [{**cell, "model": model, "tasks": n} for model in "ab" for n in (4, 64)]
-    (folder / "tasks.json").write_text(json.dumps(table))
     return {
         "reads": [runs["iapt"], "the past of go ?"],
         "curves": list(runs.values()),
-        "tasks": [str(folder / "tasks.json")],
+        "bars": [f"small={saved_scores(folder)}", f"P=4, again={saved_scores(folder)}"],
     }[plot]
+
+
+def saved_scores(folder, methods=plots.BARS):
+    """Two seeds of 50 rows: the first is right on all of them, the second on half."""
+    wrong = {f"{m}/{seed}/test/wrong": np.arange(50) % (seed + 1) for m in methods for seed in (0, 1)}
+    np.savez(folder / "scores.npz", **wrong, **{f"{m}/0/test/nats": np.ones(50) for m in methods})
+    return str(folder / "scores.npz")
+
+
+def test_a_bar_is_the_mean_over_seeds_and_its_interval_ends_at_100_percent(tmp_path):
+    bars = plots.exact_rows(saved_scores(tmp_path))
+    assert len(bars) == 3
+    for mean, low, high in bars:
+        assert mean == pytest.approx(75) and 20 < low < 60 and high == 100
 
 
 @pytest.mark.parametrize("method", ["iapt", "paper-iapt"])
@@ -79,13 +91,15 @@ def test_a_plot_is_an_svg_file_and_the_same_each_time(plot, runs, tmp_path):
         (2, ["reads", "iapt", "the past of go ?", "--layers", "2", "9"], "--layers: there are 4, got 9"),
         (1, ["reads", "nowhere", "the past of go ?"], "no checkpoint at nowhere"),
         (1, ["curves", "nowhere"], "no nowhere/log.jsonl: curves are of folders of runs"),
-        (1, ["tasks", os.path.join(ROOT, "data", "tiny", "config.json")], "is not a tasks.json of experiments.tasks"),
-        (1, ["tasks", "nowhere"], "there is no nowhere. Run: python -m experiments.tasks"),
+        (2, ["bars", "scores.npz"], "bars takes NAME=FILE, each with a scores.npz of experiments.compare"),
+        (1, ["bars", f"x={os.path.join(ROOT, 'data', 'tiny', 'config.json')}"], "config.json is no scores.npz of"),
+        (1, ["bars", f"x={P3_FROZEN}"], "frozen-chat.npz is no scores.npz of experiments.compare with lora-mlp, iapt"),
+        (1, ["bars", "x=nowhere"], "nowhere is no scores.npz of experiments.compare"),
         (2, ["dance", "iapt"], "invalid choice: 'dance'"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(status, args, message, runs, tmp_path):
-    if args[0] in ("curves", "tasks"):
+    if args[0] in ("curves", "bars"):
         pytest.importorskip("matplotlib", reason="these plots need matplotlib")
     result, text = run_in(plots, *(runs.get(arg, arg) for arg in args), "--out", str(tmp_path / "x.svg"))
     assert result == status and message in text and text.count("error: ") == 1
