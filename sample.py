@@ -132,9 +132,14 @@ def generate(
     return out
 
 
-def prefill(model: Decoder, prompts: list[list[int]], tuner: Tuner | None, room: int) -> tuple[Tensor, Cache]:
-    """`model.prefill` of lists of ids.  What they all begin with is read once, if the tuner leaves it as it is."""
-    n, past = common_prefix(prompts) if len(prompts) > 1 else 0, None
+def prefill(
+    model: Decoder, prompts: list[list[int]], tuner: Tuner | None, room: int, past: Cache | None = None
+) -> tuple[Tensor, Cache]:
+    """`model.prefill` of lists of ids.  What they all begin with is read once, if the tuner leaves it as it is.
+
+    past: what they go on from, kept from an earlier question about the same text (`read_prefix`).
+    """
+    n = common_prefix(prompts) if len(prompts) > 1 and past is None else 0
     if n >= 16 and tuner is not None and tuner.act == "answer":
         with tuner.silent():
             past = read_prefix(model, prompts[0][:n], len(prompts))

@@ -2,6 +2,7 @@
 
     python -m experiments.bench step            # a training step of each method, beside those of peft
     python -m experiments.bench serve           # many tenants in one batch, method by method
+    python -m experiments.bench first           # the first token, of tenants that ask about one prompt
     python -m experiments.bench generate        # answers, beside those of transformers and peft
     python -m experiments.bench step --shapes smollm2-135M,gpt2-124M --device cuda --dtype bf16
     python -m experiments.bench step --shapes llama-7B --methods iapt,lora --checkpoint --no-hub
@@ -37,15 +38,17 @@ from tqdm import tqdm
 from baselines import METHODS, build
 from baselines.hooks import Hooked
 from baselines.tenants import Tenants
+from data.reads import Reads
 from experiments.report import markdown
-from model import NO_TUNER, Config, Decoder, Tuner
+from model import NO_TUNER, Cache, Config, Decoder, Tuner
+from plumbing.caches import read_prefix
 from plumbing.cli import Parser, add_device_options, at_least, pick_device, run
 from plumbing.compiling import compile_parts, compiled_step
 from plumbing.files import replacing, write_json
 from plumbing.head_loss import head_loss
 from plumbing.hub import find_model
 from plumbing.pretrained import load_pretrained, write_config
-from sample import generate
+from sample import generate, prefill
 
 # -- Timing ------------------------------------------------------------------------------------------------------------
 
@@ -261,49 +264,66 @@ class TrainingStep:
 
 
 def bench_step(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:
-    """A training step of each method.  Half of the tokens are instruction.  kept: for the backward pass."""
+    """A training step of each method.  Half of the tokens are instruction, or all but --answer.  kept: for backward."""
     model.checkpointing = args.checkpoint
     idx = torch.randint(model.config.vocab_size, (args.rows, args.tokens), device=args.device)
-    steps = {FLOOR: our_step(model, Floor(model.config).to(idx.device), idx)}
-    steps |= our_steps(model, idx, args.methods)
+    steps = {FLOOR: our_step(model, Floor(model.config).to(idx.device), idx, args.answer)}
+    steps |= our_steps(model, idx, args.methods, answer=args.answer)
     if args.compile:
         twin = our_model(name, args)  # a part is compiled in place
         twin.checkpointing = args.checkpoint
-        steps |= our_steps(twin, idx, args.methods, compiled=True)
+        steps |= our_steps(twin, idx, args.methods, True, args.answer)
     if args.hub:
         steps |= hub_steps(name, model.config, idx, args)
     rivals = {label: timed(step, args.device) for label, step in steps.items()}
     bases = {"time, of the floor's": FLOOR, "time, of IAPT's": "ours: iapt"}
     for label, cells in compare(rivals, bases, idx.numel(), name, args).items():
-        row = {"shape": f"{name}, {args.rows} x {args.tokens}", "step": label}
+        row = {"shape": f"{name}, {args.rows} x {args.tokens}, answer {args.answer or args.tokens // 2}", "step": label}
         row |= {"trained": f"{steps[label].trained:,}", "kept MB": f"{steps[label].kept() / 1e6:,.0f}"}
         yield row | cells
 
 
-def targets_of(idx: Tensor) -> tuple[Tensor, Tensor]:
-    """Targets and instr, both (B, T), of tokens idx (B, T) of which the first half is the instruction."""
+def targets_of(idx: Tensor, answer: int = 0) -> tuple[Tensor, Tensor]:
+    """Targets and instr, both (B, T), of tokens idx (B, T), of which the last `answer` are that (0: half of them)."""
     T = idx.shape[1]
-    instr = (torch.arange(T, device=idx.device) < T // 2).expand(idx.shape)
-    return torch.where(instr, -1, idx.roll(-1, 1)), instr
+    place, prompt = torch.arange(T, device=idx.device), T - (answer or T - T // 2)
+    targets = torch.where((place >= prompt - 1) & (place < T - 1), idx.roll(-1, 1), -1)
+    return targets, (place < prompt).expand(idx.shape)
 
 
-def our_step(model: Decoder, tuner: Tuner, idx: Tensor) -> TrainingStep:
-    """A step with the loss as train.py computes it."""
-    targets, instr = targets_of(idx)
-    hidden = lambda: model.hidden(idx, instr, tuner, n=int((targets >= 0).sum(1).max()))
-    return TrainingStep(tuner, lambda: head_loss(model, hidden(), targets), model)
+def our_step(model: Decoder, tuner: Tuner, idx: Tensor, answer: int = 0, kept: bool = False) -> TrainingStep:
+    """A step with the loss as train.py computes it; kept: prompts have been read before."""
+    targets, instr = targets_of(idx, answer)
+    reads = Reads(model, tuner, [ids[here].tolist() for ids, here in zip(idx, instr)]) if kept else None
+
+    def loss():
+        cache, n = reads and reads(idx, instr), int((targets >= 0).sum(1).max())
+        return head_loss(model, model.hidden(idx, instr, tuner, cache, n), targets)
+
+    return TrainingStep(tuner, loss, model)
 
 
-def our_steps(model: Decoder, idx: Tensor, methods: list[str], compiled: bool = False) -> dict[str, TrainingStep]:
-    """{label: step} of methods of ours, which share the model; compiled: as `train.py --compile` does it."""
+WAYS = {"": ("all", False), ", acting on the answer": ("answer", False), "..., prompts kept": ("answer", True)}
+
+
+def our_steps(
+    model: Decoder, idx: Tensor, methods: list[str], compiled: bool = False, answer: int = 0
+) -> dict[str, TrainingStep]:
+    """{label: step} of methods of ours, which share the model; compiled: as `train.py --compile` does it.
+
+    Given the number of tokens of the answer, also of methods that act on them alone.
+    """
     steps = {}
-    for method in methods:
+    for method, (way, (act, kept)) in itertools.product(methods, list(WAYS.items())[: 3 if answer else 1]):
+        if act not in METHODS[method].acts:
+            continue
         tuner = random_tuner(method, model)
+        tuner.act = act
         if compiled:
             with attached(tuner, model):
                 compile_parts(model, tuner)
-        label = f"ours: {method}{', in fp32' * (method == 'full')}{', compiled' * compiled}"
-        steps[label] = our_step(model, tuner, idx)
+        label = f"ours: {method}{', in fp32' * (method == 'full')}{way}{', compiled' * compiled}"
+        steps[label] = our_step(model, tuner, idx, answer, kept)
     return steps
 
 
@@ -351,9 +371,13 @@ def serve(model: Decoder, tuner: Tuner, idx: Tensor, new: int, beams: int) -> tu
         return end - middle, end - begin
 
 
-def random_tenants(method: str, options: list[str], model: Decoder, tenant_of_row: list[int]) -> Tenants:
+def random_tenants(
+    method: str, options: list[str], model: Decoder, tenant_of_row: list[int], act: str = "all"
+) -> Tenants:
     """A tenant of one method for each number in tenant_of_row (B,)."""
     tuners = [random_tuner(method, model, options).eval() for _ in set(tenant_of_row)]
+    for tuner in tuners:
+        tuner.act = act
     return Tenants(tuners, tenant_of_row).to(model.wte.weight.device)
 
 
@@ -376,6 +400,36 @@ def bench_serve(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:
             row["tokens/s"] = f"{B * new / statistics.median(total[label]):,.0f}"
             row["kB a tenant"] = f"{sum(p.numel() for p in tuner.parameters()) * 4 / 1000 / n:,.0f}"
             yield row | peak_memory(rivals[label], args.device)
+
+
+# -- The first token -----------------------------------------------------------------------------------------------------
+
+
+def bench_first(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:
+    """The first token of an answer, of tenants that ask about one prompt, and act on the answer alone."""
+    prompt = torch.randint(model.config.vocab_size, (args.tokens,)).tolist()
+    past = read_prefix(model, prompt[:-1], 1)
+    rivals = {}
+    for method, n in itertools.product(args.methods, args.tenants):
+        tenants = random_tenants(method, [], model, list(range(n)), act="answer")
+        rivals[f"{method}, {n} tenants"] = functools.partial(first_token, model, tenants, [prompt] * n)
+    for method in args.methods:
+        tenants = random_tenants(method, [], model, [0], act="answer")
+        rivals[f"{method}, another tenant"] = functools.partial(first_token, model, tenants, [prompt[-1:]], past)
+    seconds = interleaved(rivals, args.rounds, name)
+    base = f"{args.methods[0]}, {args.tenants[0]} tenants"
+    for label in rivals:
+        row = {"shape": name, "prompt": args.tokens, "asks": label, f"time, of {base}'": ratio(seconds, label, base)}
+        yield row | {"ms": f"{1000 * statistics.median(seconds[label]):,.0f}"}
+
+
+def first_token(model: Decoder, tenants: Tenants, prompts: list[list[int]], past: Cache | None = None) -> float:
+    """Seconds until the first tokens of answers to prompts are known, which go on from `past`."""
+    device = str(model.wte.weight.device)
+    with attached(tenants, model):
+        begin = now(device)
+        prefill(model, prompts, tenants, 1, past)
+        return now(device) - begin
 
 
 # -- Answers -----------------------------------------------------------------------------------------------------------
@@ -454,8 +508,12 @@ def parse(argv: list[str]) -> Namespace:
         add[name]("--shapes", type=among(SHAPES), default=shapes, help=f"random models: {', '.join(SHAPES)}")
         add[name]("--init", help="a folder or a name on the hub, in place of --shapes")
         add[name]("--rows", type=at_least(1), default=8, help="rows of a batch")
-    step, serve, generate = add["step"], add["serve"], add["generate"]
+    step, serve, first, generate = (add[name] for name in BENCHMARKS)
+    first("--tokens", type=at_least(2), default=512, help="tokens of the prompt")
+    first("--methods", type=among(METHODS), default="iapt,ptuning2,lora", help="which of ours")
+    first("--tenants", type=at_least(1), nargs="+", default=[1, 8], help="tenants in a batch")
     step("--tokens", type=at_least(2), default=128, help="tokens of a row")
+    step("--answer", type=at_least(0), default=0, help="tokens of the answer: also of what acts on them alone")
     step("--methods", type=among(METHODS), default="iapt,ptuning2,lora,full", help="which of ours")
     step("--checkpoint", action="store_true", help="ours compute activations again in the backward pass")
     step("--compile", action="store_true", help="ours once more, compiled")
@@ -474,7 +532,7 @@ def parse(argv: list[str]) -> Namespace:
     return args
 
 
-BENCHMARKS = {"step": bench_step, "serve": bench_serve, "generate": bench_generate}
+BENCHMARKS = {"step": bench_step, "serve": bench_serve, "first": bench_first, "generate": bench_generate}
 
 
 def main(argv: list[str] | None = None):

@@ -115,7 +115,9 @@ def test_half_of_the_tokens_are_instruction_and_the_targets_are_the_next_tokens(
     idx = torch.arange(12).view(2, 6)
     targets, instr = bench.targets_of(idx)
     assert instr.tolist() == [[True] * 3 + [False] * 3] * 2
-    assert targets[:, :5].tolist() == [[-1, -1, -1, 4, 5], [-1, -1, -1, 10, 11]]
+    assert targets.tolist() == [[-1, -1, 3, 4, 5, -1], [-1, -1, 9, 10, 11, -1]]
+    targets, instr = bench.targets_of(idx, 2)
+    assert instr.sum(1).tolist() == [4, 4] and targets.tolist() == [[-1] * 3 + [4, 5, -1], [-1] * 3 + [10, 11, -1]]
 
 
 def test_a_served_answer_is_timed_in_both_parts():
@@ -145,6 +147,8 @@ def test_the_model_in_transformers_has_the_same_shape(arch, monkeypatch):
     "argv, count",
     [
         (["step", "--no-hub", "--methods", "iapt,lora", "--checkpoint"], 3),
+        (["step", "--no-hub", "--methods", "iapt,lora,prompt", "--answer", "2"], 8),
+        (["first", "--tenants", "1", "2", "--methods", "iapt,lora"], 6),
         (["serve", "--tenants", "1", "2", "--new", "3", "--beams", "1", "2"], 20),
     ],
 )
@@ -158,7 +162,9 @@ def test_a_benchmark_leaves_a_row_for_each_rival(argv, count, small, tmp_path):
 @pytest.mark.parametrize("options", [[], ["--checkpoint"]])
 def test_checkpoint_is_for_our_model(options, small, monkeypatch, tmp_path):
     models, our_steps = [], bench.our_steps
-    monkeypatch.setattr(bench, "our_steps", lambda model, *args: models.append(model) or our_steps(model, *args))
+    monkeypatch.setattr(
+        bench, "our_steps", lambda model, *args, **more: models.append(model) or our_steps(model, *args, **more)
+    )
     sizes = ["--shapes", small, "--rows", "2", "--tokens", "6", "--rounds", "1", "--device", "cpu"]
     status, text = run_in(bench, "step", "--no-hub", "--methods", "iapt", *options, *sizes, "--out", str(tmp_path))
     assert status == 0, text
