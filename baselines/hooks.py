@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from model import Block, Config, Decoder, Tuner, norm
+from model import Config, Decoder, Tuner, norm
 from plumbing.cli import UsageError
 
 
@@ -60,17 +60,18 @@ def call_in_dtype(module: nn.Module, x: Tensor) -> Tensor:
     return functional_call(module, {name: p.to(x.dtype) for name, p in module.named_parameters()}, (x,))
 
 
-def linear_layers(config: Config, on: str) -> tuple[list[str], list[torch.Size]]:
+def linear_layers(c: Config, on: str) -> tuple[list[str], list[tuple[int, int]]]:
     """Names of a block's linear layers that an option `on` names, and the shapes of their weights in all blocks."""
-    with torch.device("meta"):
-        linear = {name: m for name, m in Block(config).named_modules() if isinstance(m, nn.Linear)}
-    full_names = {name.split(".")[-1]: name for name in linear}
-    groups = {"all": list(full_names), "mlp": [name for name in full_names if full_names[name].startswith("mlp.")]}
-    sites = groups.get(on) or on.split(",")
-    if set(sites) - set(full_names) or len(set(sites)) < len(sites):
-        raise UsageError(f"the option on takes some of {','.join(full_names)}, each once, or mlp, or all; got {on!r}")
-    names = [full_names[site] for site in sites]
-    return names, [linear[name].weight.shape for name in names] * config.n_layer
+    H, G = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    attn = {"q": (H, c.n_embd), "k": (G, c.n_embd), "v": (G, c.n_embd), "o": (c.n_embd, H)}
+    gate = {"gate": (c.n_inner, c.n_embd)} if c.arch == "llama" else {}
+    mlp = {**gate, "up": (c.n_inner, c.n_embd), "down": (c.n_embd, c.n_inner)}
+    shapes = {**attn, **mlp}
+    sites = {"all": list(shapes), "mlp": list(mlp)}.get(on) or on.split(",")
+    if set(sites) - set(shapes) or len(set(sites)) < len(sites):
+        raise UsageError(f"the option on takes some of {','.join(shapes)}, each once, or mlp, or all; got {on!r}")
+    names = [f"{'attn' if site in attn else 'mlp'}.{site}" for site in sites]
+    return names, [shapes[site] for site in sites] * c.n_layer
 
 
 def modules(model: Decoder, on: list[str]) -> list[nn.Module]:
@@ -167,7 +168,10 @@ class Adapter(Hooked):
 
 
 class Full(Tuner):
-    """Every weight trains: a copy of the model's, in fp32, which takes the place of the model's own while attached."""
+    """Every weight trains: a copy of the model's, in fp32, which takes the place of its own parts while attached.
+
+    So no hook is needed, and the frozen weights stay as they are.
+    """
 
     lr = 1e-3
     acts = ("all",)

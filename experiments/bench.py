@@ -402,7 +402,7 @@ def bench_serve(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:
             yield row | peak_memory(rivals[label], args.device)
 
 
-# -- The first token -----------------------------------------------------------------------------------------------------
+# -- The first token ---------------------------------------------------------------------------------------------------
 
 
 def bench_first(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:

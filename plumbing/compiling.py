@@ -12,6 +12,9 @@ def compile_parts(model: Decoder, tuner: Tuner, **settings):
     """Compile each block of the model and each generator of the tuner, in place; settings are torch.compile's.
 
     All blocks share their graphs, and so do all generators: a model of 30 blocks is compiled as fast as one of two.
+    The learned activation is compiled with its generator.  Alone, on 8 x 4 x 36 numbers, forward and backward, it takes
+    0.32 ms in place of 0.46 (one thread of a CPU).  A second way to write it, by Horner's rule, would take 0.23 ms: too
+    little, beside a layer's 30 ms, to have the activation twice.
     """
     import torch._dynamo.config as dynamo  # its import takes as long as that of torch
 
