@@ -165,3 +165,28 @@ def test_a_broken_log_is_named(folder):
 def test_a_folder_that_cannot_be_written_is_one_line_that_names_the_option(path):
     with pytest.raises(OSError, match="--out .* cannot be written"):
         RunFolder(path).lock()
+
+
+def as_of_an_older_version(tensors):
+    """What a generator's parts were called until 0b6e8b6: linear layers, whose weights are transposed."""
+    old = {}
+    for name, x in tensors.items():
+        for today, then in (("W_down", "down.weight"), ("W_up", "up.weight"), ("W_sa", "w_sa"), ("R.", "act.")):
+            if today in name:
+                name, x = name.replace(today, then), x.T if "weight" in then else x
+        old[name] = x
+    return old
+
+
+def test_a_run_of_an_older_version_is_used_but_not_resumed(tmp_path):
+    today, loaded = (build("iapt", CONFIG, ["m=3"]) for _ in range(2))
+    content = {"tuner": as_of_an_older_version(today.state_dict())}
+    assert content["tuner"].keys().isdisjoint({"generators.0.W_up", "generators.0.R.a"})
+    load_into(loaded, content, "best.pt")
+    assert all(torch.equal(x, today.state_dict()[name]) for name, x in loaded.state_dict().items())
+    folder = RunFolder(str(tmp_path))
+    torch.save({**content, "meta": {**META, "method": "iapt"}, "optimizer": {}, "state": {}}, folder.last)
+    with pytest.raises(
+        ValueError, match="is of an older version: begin with --warm-start .*last.pt, and another --out"
+    ):
+        folder.load_for_resume({**META, "method": "iapt"})
