@@ -6,8 +6,7 @@
     tenants.detach()
 
 Methods, and numbers of soft tokens, may differ from row to row.  A tenant of a prompt method is asked once, when the
-prompts are read.  After that its soft tokens are entries of the cache, and a decode step asks nobody.  Tenants of IAPT
-with the same options, and as many rows each, are asked together, in one call a layer (`StackedIAPT`).
+prompts are read.  After that its soft tokens are entries of the cache, and a decode step asks nobody.
 A tenant with hooks (LoRA, adapters) works at every step, on its own rows.  That is the difference which the IAPT paper
 is about, and `python -m experiments.bench serve` measures it.
 """
@@ -19,14 +18,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call, stack_module_state, vmap
 
 from baselines.embedded import Embedded, EmbeddedTuner
 from baselines.hooks import Hooked, LoRA
-from iapt import IAPT
 from model import NO_TUNER, Block, Context, Decoder, Soft, Tuner
-
-Part = tuple[list[int], Tuner]  # rows of the batch, and the tuner that is asked for them
 
 
 class Tenants(EmbeddedTuner):
@@ -53,39 +48,23 @@ class Tenants(EmbeddedTuner):
             raise ValueError(f"rows of tenants {sorted(set(owners))}, but there are {len(tuners)}")
         self.tuners = nn.ModuleList(tuners)
         self.rows = {t: [i for i, owner in enumerate(owners) if owner == t] for t in sorted(set(owners))}
-        self.parts, self.hooked = self.by_tenant(), []
+        self.parts = [(rows, tuners[t] if t >= 0 else NO_TUNER) for t, rows in self.rows.items()]
+        self.hooked = []
 
     def attach(self, model: Decoder):
-        """Tenants of IAPT, and of LoRA, that differ only in their weights act together; other hooks row by row.
+        """Tenants of LoRA act together; other hooks row by row.
 
-        The weights are copied now: train, and move to another device, before.
+        LoRA's weights are copied now: train, and move to another device, before.
         """
-        self.parts = self.stacked()
         self.hooked = self.hooked_tuners()
         for tuner in self.hooked:
             tuner.attach(model)
 
     def detach(self):
-        self.parts = self.by_tenant()
         while self.hooked:
             tuner = self.hooked.pop()
             tuner.detach()
             tuner.rows = None
-
-    def by_tenant(self) -> list[Part]:
-        """One part for each tenant."""
-        return [(rows, self.tuners[t] if t >= 0 else NO_TUNER) for t, rows in self.rows.items()]
-
-    def stacked(self) -> list[Part]:
-        """One part for each tenant, but for those of IAPT that differ only in their weights: one for all of them."""
-        groups = {}
-        for rows, tuner in self.by_tenant():
-            key = (len(rows), signature(tuner)) if type(tuner) is IAPT else id(rows)
-            groups.setdefault(key, []).append((rows, tuner))
-        return [
-            group[0] if len(group) == 1 else (sum((rows for rows, _ in group), []), StackedIAPT([t for _, t in group]))
-            for group in groups.values()
-        ]
 
     def hooked_tuners(self) -> list[Hooked]:
         """The tuners that put hooks on the model, LoRA's of several tenants as one."""
@@ -174,49 +153,6 @@ def merge_rows(parts: list[tuple[list[int], Soft | None]], x: Tensor, keep: bool
         seen[rows] = torch.arange(P, device=x.device) < n
     complete = sum(len(rows) for rows, _ in parts) == len(x) and all(soft.k.shape[2] == P for _, soft in parts)
     return Soft(k, v, None if complete else seen[:, None, None])  # a mask that hides nothing costs time at every step
-
-
-class StackedIAPT(Tuner):
-    """N tenants of IAPT with the same `signature`, asked as one: of N R rows, row i is that of tenant i // R.
-
-    Their weights are stacked (copies: not for training), and `vmap` computes all tenants in as many kernels as one.
-    """
-
-    def __init__(self, tuners: list[IAPT]):
-        super().__init__()
-        self.separate, self.one = tuners[0].separate, AsForward(tuners[0])
-        self.weights, _ = stack_module_state([AsForward(tuner) for tuner in tuners])  # {name: (N, ..)}
-        self.N = len(tuners)
-
-    def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft:
-        def one_tenant(weights, x, instr):
-            return functional_call(self.one, weights, (block, l, x, instr))
-
-        x, instr = x.unflatten(0, (self.N, -1)), instr.unflatten(0, (self.N, -1))
-        k, v = vmap(one_tenant)(self.weights, x, instr)
-        return Soft(k.flatten(0, 1), v.flatten(0, 1))
-
-
-class AsForward(nn.Module):
-    """A tuner's `kv` as a module's forward, which is what functional_call calls."""
-
-    def __init__(self, tuner: Tuner):
-        super().__init__()
-        self.tuner = tuner
-
-    def forward(self, *args) -> tuple[Tensor, Tensor]:
-        soft = self.tuner.kv(*args)
-        return soft.k, soft.v
-
-
-def signature(tuner: Tuner) -> str:
-    """All that its soft tokens depend on but the values of its parameters, as text to compare."""
-    shapes = [(name, p.shape, p.dtype, p.requires_grad) for name, p in tuner.named_parameters()]
-    settings = [
-        (name, type(m), {key: value for key, value in vars(m).items() if key[0] != "_"})
-        for name, m in tuner.named_modules()
-    ]
-    return repr((shapes, settings))
 
 
 class BatchedLoRA(Hooked):

@@ -186,7 +186,5 @@ def test_a_run_of_an_older_version_is_used_but_not_resumed(tmp_path):
     assert all(torch.equal(x, today.state_dict()[name]) for name, x in loaded.state_dict().items())
     folder = RunFolder(str(tmp_path))
     torch.save({**content, "meta": {**META, "method": "iapt"}, "optimizer": {}, "state": {}}, folder.last)
-    with pytest.raises(
-        ValueError, match="is of an older version: begin with --warm-start .*last.pt, and another"
-    ):
+    with pytest.raises(ValueError, match="is of an older version: begin with --warm-start .*last.pt, and another"):
         folder.load_for_resume({**META, "method": "iapt"})
