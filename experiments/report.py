@@ -1,5 +1,7 @@
 """What a comparison says: the scores of all runs, differences with intervals, and tables.
 
+    python -m experiments.report FIRST.npz SECOND.npz     # what other options change, on the same test rows
+
 The statistics are paired: two methods are compared on the same rows, and seeds and rows are both drawn again by the
 bootstrap, so an interval says what other rows and other seeds could have brought.
 """
@@ -7,6 +9,8 @@ bootstrap, so an interval says what other rows and other seeds could have brough
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+
+from plumbing.cli import Parser, run
 
 DIVERGED = 1e9  # the validation loss of a run that diverged before it saved anything: it is scored as the frozen model
 
@@ -154,3 +158,24 @@ def controls(names: list[str], scores: Scores) -> Iterator[list[str]]:
                 cells.append(interval(*difference(other, *own, same_runs=True)) if other else "–")
             if set(cells) != {"–"}:
                 yield [f"{name}: {label}", *cells]
+
+
+def main(argv: list[str] | None = None):
+    parser = Parser(description=__doc__)
+    for name in ("first", "second"):
+        parser.add_argument(name, help="scores.npz of a comparison: the same test rows, other options")
+    args = parser.parse_args(argv)
+    first, second = Scores(args.first), Scores(args.second)
+    rows = []
+    for name in [name for name in first.seeds if name in second.seeds and name != "frozen"]:
+        cells = []
+        for test in first.tests:
+            runs, tokens = [scores.get(name, test) for scores in (second, first)], first.tokens(test)
+            exact = [f"{scores.exact(name, test):.1f}" for scores in (first, second)]
+            cells.append(f"{interval(*difference(*runs, tokens))}, {exact[0]} % and {exact[1]} %")
+        rows.append([name, *cells])
+    print("\n".join(markdown(["second minus first", *first.tests], rows)))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -15,6 +15,7 @@ from baselines import METHODS
 from data import TINY, load_splits
 from data.tokenizer import pieces
 from experiments import ablations, compare, tasks
+from experiments import report as report_script
 from experiments.compare import ROWS, count, sized
 from experiments.report import Scores, difference, report
 from model import Config
@@ -341,3 +342,16 @@ def test_rows_of_tasks_are_those_of_the_saved_results_and_take_no_others_place(t
     assert hashlib.sha256(test.read_bytes()).hexdigest()[:16] == "d8c7f0007ac52955"
     with pytest.raises(ValueError, match="train.jsonl has other rows: --out names another folder"):
         tasks.main(["16", "--out", str(tmp_path)])
+
+
+def test_two_tables_are_compared_on_the_same_rows(tmp_path, capsys):
+    for name, nats in (("a", 1.0), ("b", 1.5)):
+        arrays = {}
+        for method in ("frozen", "iapt", f"only-{name}"):
+            for what, value in (("nats", nats), ("wrong", name == "b"), ("tokens", 1)):
+                arrays[f"{method}/0/test/{what}"] = np.full(50, value)
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    report_script.main([str(tmp_path / "a.npz"), str(tmp_path / "b.npz")])
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == "| second minus first | test |"
+    assert rows == ["| iapt | +0.500 (+0.500 to +0.500), 100.0 % and 0.0 % |"]
