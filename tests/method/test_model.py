@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import right_padded, shared, small_model, small_tuner
 
+from baselines import METHODS
 from baselines.embedded import Embedded, EmbeddedTuner
 from data import Tokenizer
 from model import Soft, Tuner, attention_mask, rotary
@@ -87,9 +88,13 @@ def loss_and_kept(model, tuner):
     return loss, sum(kept)
 
 
-@pytest.mark.parametrize("method", ["iapt", "lora", "dynamic"])
-def test_checkpointing_changes_nothing_but_what_is_kept(model, method):
-    tuner = small_tuner(method, model).train()
+@pytest.mark.parametrize(
+    "method, act", [*((m, "all") for m in ("iapt", "lora", "dynamic")), ("iapt", "answer"), ("lora", "answer")]
+)
+def test_checkpointing_changes_nothing_but_what_is_kept(model, method, act):
+    if act not in METHODS[method].acts:
+        pytest.skip("it acts on the whole prompt")
+    tuner = small_tuner(method, model, act=act).train()
 
     def run():
         torch.manual_seed(0)
@@ -273,6 +278,16 @@ def test_one_beam_is_greedy_and_five_find_likelier_texts(model):
 def test_a_beam_search_of_several_rows_is_that_of_each_row_alone(model):
     prompts, settings = [[3, 1, 4, 1, 5], [9, 2], [6]], dict(max_new=8, beams=3, stop=7)
     assert generate(model, prompts, **settings) == [generate(model, [p], **settings)[0] for p in prompts]
+
+
+@pytest.mark.parametrize("method", ["iapt", "ptuning2", "lora"])
+def test_so_it_is_where_a_method_acts_on_the_answer_alone(model, method):
+    tuner = small_tuner(method, model, act="answer")
+    prompts, settings = [[3, 1, 4, 1, 5], [9, 2], [6]], dict(max_new=8, beams=3, stop=7)
+    together = generate(model, prompts, tuner, **settings)
+    assert together == [generate(model, [p], tuner, **settings)[0] for p in prompts]
+    greedy = generate(model, prompts, tuner, max_new=6)
+    assert beam_search(model.step, *model.prefill(*padded(prompts), tuner, 6), 1, 6, None, 1.0) == greedy
 
 
 def test_what_cannot_be_generated_is_refused_with_the_numbers(model):

@@ -95,27 +95,32 @@ def exit_codes(processes, seconds=120):
 
 @pytest.fixture(scope="module")
 def alone(rows, tmp_path_factory):
-    """method -> the trained tensors of one process (forked: gloo's threads must not be inherited)."""
+    """method, act -> the trained tensors of one process (forked: gloo's threads must not be inherited)."""
     known = {}
 
-    def run(method):
-        if method not in known:
+    def run(method, act):
+        if (method, act) not in known:
             out = str(tmp_path_factory.mktemp("alone") / "x")
-            assert exit_codes(start(1, [*ARGV, "--data", rows, "--out", out, "--method", method])) == [0]
-            known[method] = tensors(out)
-        return known[method]
+            argv = [*ARGV, "--data", rows, "--out", out, "--method", method, "--act", act]
+            assert exit_codes(start(1, argv)) == [0]
+            known[method, act] = tensors(out)
+        return known[method, act]
 
     return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--shard"]], ids=["replicated", "sharded"])
-@pytest.mark.parametrize("method, size", [("iapt", 2), ("iapt", 4), ("paper-iapt", 2), ("ptuning2", 2), ("lora", 2)])
-def test_several_processes_train_what_one_trains(method, size, options, alone, rows, tmp_path):
+@pytest.mark.parametrize(
+    "method, act, size",
+    [("iapt", "all", 2), ("iapt", "all", 4), ("paper-iapt", "all", 2), ("ptuning2", "all", 2), ("lora", "all", 2),
+     ("iapt", "answer", 2), ("lora", "answer", 2)],
+)  # fmt: skip
+def test_several_processes_train_what_one_trains(method, act, size, options, alone, rows, tmp_path):
     out = str(tmp_path / "x")
-    argv = [*ARGV, "--data", rows, "--out", out, "--method", method, *options]
+    argv = [*ARGV, "--data", rows, "--out", out, "--method", method, "--act", act, *options]
     assert exit_codes(start(size, argv)) == [0] * size
-    wanted, trained = alone(method), tensors(out)
+    wanted, trained = alone(method, act), tensors(out)
     assert wanted.keys() == trained.keys()
     assert max((wanted[name] - trained[name]).abs().max() for name in trained) < 1e-5
 
