@@ -96,11 +96,12 @@ class IAPT(Tuner):
     def write(self, model: Decoder, states: list[Tensor], instr: Tensor) -> list[Context]:
         """All generators in one batched computation: a training step has 160 operators a layer, not 223."""
         one = self.generators[0]
-        if one._forward_pre_hooks or one._forward_hooks:  # somebody looks into the generators, one after the other
+        if any(g._forward_pre_hooks or g._forward_hooks for g in self.generators):  # who looks into one, sees one
             return super().write(model, states, instr)
-        names = {name for name, _ in one.named_parameters()} - {"W_down"}
+        names = [name for name, p in one.named_parameters() if p is not self.generators[-1].get_parameter(name)]
         own = {name: torch.stack([g.get_parameter(name) for g in self.generators]) for name in names}
-        S = vmap(lambda own, H: functional_call(one, own, (H, instr)))(own, torch.stack(states))  # (L, B, P, K)
+        generate = vmap(lambda own, H: functional_call(one, own, (H, instr)), randomness="different")
+        S = generate(own, torch.stack(states))  # (L, B, P, K)
         return [self.place(self.add(block, l, S[l]), states[l].dtype) for l, block in enumerate(model.h)]
 
     def groups(self, lr: float) -> list[dict]:
@@ -143,8 +144,7 @@ class PaperIAPT(Tuner):
 
     def __init__(self, config: Config, P: int = 4, m: int = 0, activation: Activation = "rational"):
         super().__init__()
-        C = config.n_embd
-        m = m or max(1, C // 8)
+        C, m = config.n_embd, m or max(1, config.n_embd // 8)
         downs = [nn.Parameter(torch.randn(C, m) * C**-0.5) for _ in range(config.n_layer)]
         self.generators = nn.ModuleList(PaperGenerator(W_down, C, P, activation) for W_down in downs)
         self.lr = 5.0 / C  # chosen on tiny

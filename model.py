@@ -77,8 +77,7 @@ class Context(NamedTuple):
     joined: Soft | None = None
     separate: Soft | None = None
 
-    def join(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """`joined` behind the keys and values (B, G, T, D) of tokens: two of (B, G, T + P, D)."""
+    def join(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # behind those of tokens, (B, G, T, D)
         return (k, v) if self.joined is None else (torch.cat((k, self.joined.k), 2), torch.cat((v, self.joined.v), 2))
 
 
@@ -306,6 +305,8 @@ class Decoder(nn.Module):
 
     def embed(self, idx: Tensor, pos: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Tokens idx (B, T) at positions pos, (T,) or (B, T) -> x (B, T, C) and, for LLaMA, the angles of `rotary`."""
+        if (T := idx.shape[1]) > (limit := self.config.block_size):
+            raise ValueError(f"this model wants at most {limit} tokens, got {T} (--block-size, or shorten the prompt)")
         x = self.wte(idx)
         return (x, rotary(self.config, pos)) if self.wpe is None else (x + self.wpe(pos), None)
 
@@ -315,14 +316,12 @@ class Decoder(nn.Module):
 
         n: how many will be used, at most, from each prompt's last token on.  The others may be anything.
         """
-        T, limit, tuner = idx.shape[1], self.config.block_size, tuner or NO_TUNER
-        if T > limit:
-            raise ValueError(f"this model wants at most {limit} tokens, got {T} (--block-size, or shorten the prompt)")
+        tuner = tuner or NO_TUNER
         if tuner is not NO_TUNER and instr is None:
             raise ValueError("a tuner needs instr (B, T), True on the instruction's tokens: it got None")
         if tuner.act == "answer":
             return self.read_write_answer(idx, instr, tuner, cache, n)
-        x, rope = self.embed(idx, torch.arange(T, device=idx.device))
+        x, rope = self.embed(idx, torch.arange(idx.shape[1], device=idx.device))
         return self.ln_f(tuner.around_blocks(self, x, rope, instr, cache))
 
     def blocks(self, x: Tensor, rope: tuple | None, soft: Callable[[int, Tensor], Context],
@@ -399,11 +398,12 @@ class Decoder(nn.Module):
     def prefill(self, idx: Tensor, length: Tensor, tuner: Tuner | None = None, room: int = 0, past: Cache | None = None
                 ) -> tuple[Tensor, Cache]:  # fmt: skip
         """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next one, and a Cache."""
-        last = torch.arange(len(idx), device=idx.device), length - 1
-        if tuner is not None and tuner.act == "answer":
+        tuner, last = tuner or NO_TUNER, (torch.arange(len(idx), device=idx.device), length - 1)
+        if tuner.act == "answer" or past is not None:
             cache = self.read(idx, length, tuner, room, past)
             for l, soft in enumerate(tuner.write(self, cache.states, cache.instr)):
                 cache.add(l, soft)
+            cache.states, cache.last, cache.instr = [], None, None  # decoding wants none of them
             return self.step(idx[last], cache), cache
         cache, place = Cache(length, room), torch.arange(idx.shape[1], device=idx.device)
         x = self.hidden(idx, place < length[:, None], tuner, cache)  # all of a prompt is instruction

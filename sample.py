@@ -79,8 +79,7 @@ def open_runs(
             )
         if meta["template"] != first["template"]:
             raise ValueError(f"{path} has another template than {paths[0]}: ask them one after the other")
-        act = meta.get("act", "all")  # which is what runs did before there was a choice
-        tuners.append(build(meta["method"], model.config, meta["options"], act).to(device).eval())
+        tuners.append(build(meta["method"], model.config, meta["options"], meta["act"]).to(device).eval())
         load_into(tuners[-1], content, path)
     return Opened(model, tokenizer, make_template(first["template"], tokenizer), tuners)
 
@@ -139,6 +138,8 @@ def prefill(
 
     past: what they go on from, kept from an earlier question about the same text (`read_prefix`).
     """
+    if past is not None and tuner is not None and tuner.act == "all":
+        raise ValueError("a tuner that acts on the prompt, too, cannot go on from what the frozen model has read")
     n = common_prefix(prompts) if len(prompts) > 1 and past is None else 0
     if n >= 16 and tuner is not None and tuner.act == "answer":
         with tuner.silent():

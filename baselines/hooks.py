@@ -109,7 +109,12 @@ class LoRA(Hooked):
 
     @torch.no_grad()
     def merge(self, model: Decoder):
-        """Add the updates to the model's weights and detach: the tuned model, at the frozen model's cost."""
+        """Add the updates to the model's weights and detach: the tuned model, at the frozen model's cost.
+
+        Raises ValueError for updates that are not for the prompt: weights act on all tokens.
+        """
+        if self.act == "answer":
+            raise ValueError("a LoRA that acts on the answer alone cannot be merged: weights act on the prompt, too")
         self.detach()
         for linear, a, b in self.sites(model):
             linear.weight += (self.scale * b @ a).to(linear.weight.dtype)

@@ -12,7 +12,10 @@ from model import Cache, Context, Decoder, Soft, Tuner
 
 
 class Reads:
-    """reads(idx, instr) is the Cache that `model.read` would leave for the prompts of a batch idx, instr (B, T)."""
+    """reads(idx, instr) is the Cache that `model.read` would leave for the prompts of a batch idx, instr (B, T).
+
+    But for the last hidden states, which are zeros: `Decoder.hidden` leaves them out, given `n`.
+    """
 
     def __init__(self, model: Decoder, tuner: Tuner, prompts: list[list[int]], size: int = 64):
         self.kept = {}  # prompt: keys and values (L, G, T, D), states (L, T, C)

@@ -154,11 +154,11 @@ def report(args: Namespace, rows: list[dict]):
     lines = [*markdown([*rows[0]], (map(text, row.values()) for row in rows))]
     lines += ["", f"Ratios of times: median (quartiles) of {args.rounds} rounds."]
     lines += [f"`{about['command']}`: {about['machine']}, {about['threads']} CPU threads."]
-    print("\n".join(lines))
     path = os.path.join(args.out, args.command)
     write_json(f"{path}.json", {**about, "rows": rows}, indent=1)
     with replacing(f"{path}.md") as f:
         f.write("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 # -- Models ------------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import train
 from baselines import METHODS, build, spell_out
+from baselines import method as find_method
 from data import Example, evenly_spaced, p3
 from data.scores import score_examples
 from data.tokenizer import Tokenizer
@@ -330,6 +331,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     if not all(0 < rate < 1e6 for rate in args.rates):
         parser.error(f"--rates must be above 0, got {args.rates}")
     passed_on, defaults = train.parse([*args.rest, "--out", args.out]), train.parse(["--out", args.out])
+    for name in args.methods:
+        find_method(ROWS[name].method, passed_on.act)  # one that cannot act so is found before any work
     for own in ("method", "o", "seed", "lr", "resume", "force"):
         if getattr(passed_on, own) != getattr(defaults, own):
             parser.error(f"-{'-' * (own != 'o')}{own} is set run by run")

@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None):
     parser = Parser(description=__doc__)
     commands, command = parser.add_subparsers(dest="plot", required=True), {}
     for name, plot in PLOTS.items():
-        command[name] = commands.add_parser(name, help=plot.__doc__, description=plot.__doc__)
+        command[name] = commands.add_parser(name, help=plot.__doc__.replace("%", "%%"), description=plot.__doc__)
         command[name].add_argument("--out", default=os.path.join("out", f"{name}.svg"), help="the file")
     command["reads"].add_argument("run", help="folder of a run")
     command["reads"].add_argument("instruction")

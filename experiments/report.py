@@ -166,15 +166,19 @@ def main(argv: list[str] | None = None):
         parser.add_argument(name, help="scores.npz of a comparison: the same test rows, other options")
     args = parser.parse_args(argv)
     first, second = Scores(args.first), Scores(args.second)
+    tests = [test for test in first.tests if test in second.tests]
+    scored = "frozen" in first.seeds and "frozen" in second.seeds
+    if not tests or not scored or not all(np.array_equal(first.tokens(test), second.tokens(test)) for test in tests):
+        raise ValueError(f"{args.first} and {args.second} are not about the same rows: there is nothing to compare")
     rows = []
     for name in [name for name in first.seeds if name in second.seeds and name != "frozen"]:
         cells = []
-        for test in first.tests:
+        for test in tests:
             runs, tokens = [scores.get(name, test) for scores in (second, first)], first.tokens(test)
             exact = [f"{scores.exact(name, test):.1f}" for scores in (first, second)]
             cells.append(f"{interval(*difference(*runs, tokens))}, {exact[0]} % and {exact[1]} %")
         rows.append([name, *cells])
-    print("\n".join(markdown(["second minus first", *first.tests], rows)))
+    print("\n".join(markdown(["second minus first", *tests], rows)))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def change_rows(cache: Cache, change: Callable[[Tensor], Tensor]):
 
 
 def read_prefix(model: Decoder, ids: list[int], rows: int) -> Cache:
-    """What `rows` prompts begin with: read once, for `prefill(..., past=...)`; not copied, until tokens are written."""
+    """What `rows` prompts begin with, read once, for `prefill(..., past=...)`: which leaves it as it is."""
     idx = torch.tensor([ids], device=model.wte.weight.device)
     cache = model.read(idx, torch.tensor([len(ids) + 1], device=idx.device))
     change_rows(cache, lambda x: x.expand(rows, *x.shape[1:]))

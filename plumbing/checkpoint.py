@@ -62,6 +62,7 @@ def load_checkpoint(path: str) -> dict:
                 raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
         meta = content["meta"]
+        meta.setdefault("act", "all")  # which is what runs did before there was a choice
         tensors = content["tuner"]
         texts = [meta["method"], meta["init"], meta["base"], *meta["options"], *tensors]
         if not all(isinstance(text, str) for text in texts) or not all(map(torch.is_tensor, tensors.values())):
@@ -105,7 +106,7 @@ def warm_start(tuner: Tuner, path: str, meta: dict, out: str):
     content = load_checkpoint(path)
     if any(content["meta"][key] != meta[key] for key in ("method", "act", "options", "base", "template")):
         theirs, ours = (
-            f"{run['method']} {' '.join(run['options'])} on {run['init']} ({run['base']}, template {run['template']})"
+            f"{run['method']} {' '.join(run['options'])}, --act {run['act']}, on {run['init']} ({run['base']}, template {run['template']})"
             for run in (content["meta"], meta)
         )
         raise ValueError(f"--warm-start {path} is a run of {theirs}; this one is of {ours}")

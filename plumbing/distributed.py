@@ -20,8 +20,8 @@ import torch.nn as nn
 
 from model import Decoder
 
-RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
 
 
 def problem(args: Namespace) -> str:

@@ -63,6 +63,11 @@ def test_merged_lora_is_the_frozen_model_with_other_weights(model):
     torch.testing.assert_close(model(idx), wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_lora_that_is_not_for_the_prompt_cannot_be_merged(model):
+    with pytest.raises(ValueError, match="acts on the answer alone cannot be merged"):
+        small_tuner("lora", model, act="answer").merge(model)
+
+
 @pytest.mark.parametrize("method", ["lora", "adapter"])
 def test_training_starts_at_the_frozen_model(model, method):
     idx, _ = right_padded([9, 5], 9)

@@ -230,6 +230,31 @@ def test_the_parameter_counts_are_those_of_the_docstrings():
     assert sum(p.numel() for p in ours.parameters()) == 128 * 8 + 4 * each == 17_584
 
 
+class OwnDown(IAPT):
+    """Each layer has its own W_down."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for generator in self.generators:
+            generator.W_down = torch.nn.Parameter(torch.randn_like(generator.W_down))
+
+
+@pytest.mark.parametrize("cls", [IAPT, OwnDown])
+def test_all_layers_at_once_are_what_each_would_write_alone(model, cls):
+    tuner, (_, instr) = shake(cls(model.config)), hidden_states()
+    states = list(torch.randn(2, 2, 8, 32))
+    together, alone = tuner.write(model, states, instr), Tuner.write(tuner, model, states, instr)
+    for ours, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours.separate.k, theirs.separate.k)
+        torch.testing.assert_close(ours.separate.v, theirs.separate.v)
+    sum(layer.separate.v.sum() for layer in together).backward()
+    assert all(g.W_down.grad is not None for g in tuner.generators)
+    seen = []
+    tuner.generators[1].register_forward_hook(lambda *_: seen.append(1))
+    tuner.write(model, states, instr)
+    assert seen == [1]
+
+
 def test_training_starts_as_the_frozen_model(model):
     """Values and W_up start at zero, and every parameter of the soft tokens moves from there."""
     idx, instr = right_padded([9, 5], 9)

@@ -11,11 +11,11 @@ from baselines import METHODS
 from baselines.embedded import Embedded, EmbeddedTuner
 from data import Tokenizer
 from model import Soft, Tuner, attention_mask, rotary
-from plumbing.caches import beam_search
+from plumbing.caches import beam_search, read_prefix
 from plumbing.compiling import compiled_step
 from plumbing.head_loss import HeadLoss, head_loss
 from plumbing.pretrained import load_pretrained
-from sample import generate, sample_token
+from sample import generate, prefill, sample_token
 
 # -- The decoder -------------------------------------------------------------------------------------------------------
 
@@ -280,6 +280,22 @@ def test_a_beam_search_of_several_rows_is_that_of_each_row_alone(model):
     assert generate(model, prompts, **settings) == [generate(model, [p], **settings)[0] for p in prompts]
 
 
+@pytest.mark.parametrize("method", ["iapt", "lora", None])
+def test_prompts_go_on_from_what_has_been_read_and_leave_it_as_it_is(model, method):
+    """Kept from an earlier question about the same text, for any method that acts on the answer alone, or none."""
+    tuner = small_tuner(method, model, act="answer") if method else None
+    text, questions = list(range(1, 10)), [[3, 1, 4], [5], [9, 2]]
+    with tuner.silent() if tuner else torch.no_grad():
+        past = read_prefix(model, text, 3)
+    before = [x.clone() for layer in past.layers for x in layer.joined]
+    for _ in range(2):
+        logits, cache = prefill(model, questions, tuner, 2, past)
+        wanted, _ = prefill(model, [text + question for question in questions], tuner, 2)
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        model.step(logits.argmax(-1), cache)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x for layer in past.layers for x in layer.joined)))
+
+
 @pytest.mark.parametrize("method", ["iapt", "ptuning2", "lora"])
 def test_so_it_is_where_a_method_acts_on_the_answer_alone(model, method):
     tuner = small_tuner(method, model, act="answer")
@@ -293,6 +309,10 @@ def test_so_it_is_where_a_method_acts_on_the_answer_alone(model, method):
 def test_what_cannot_be_generated_is_refused_with_the_numbers(model):
     with pytest.raises(ValueError, match="at most 64 tokens, got 70"):
         model(torch.ones(1, 70, dtype=torch.long))
+    with pytest.raises(ValueError, match="at most 64 tokens, got 70"):
+        model.prefill(torch.ones(1, 70, dtype=torch.long), torch.tensor([70]), small_tuner("iapt", model, act="answer"))
+    with pytest.raises(ValueError, match="cannot go on from what the frozen model has read"):
+        prefill(model, [[1]], small_tuner("iapt", model), 1, read_prefix(model, [1, 2], 1))
     with pytest.raises(ValueError, match="60 tokens and 10 new"):
         generate(model, [[1] * 60], max_new=10)
     with pytest.raises(ValueError, match="empty prompt"):

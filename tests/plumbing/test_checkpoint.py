@@ -11,7 +11,7 @@ from model import Config
 from plumbing.checkpoint import LOCKS, RunFolder, load_checkpoint, load_into, save_tuner
 
 CONFIG = Config(vocab_size=20, n_layer=1, n_head=2, n_embd=8)
-META = {"method": "lora", "options": ["r=2"], "init": "tiny", "base": "abc", "seed": 0}
+META = {"method": "lora", "act": "all", "options": ["r=2"], "init": "tiny", "base": "abc", "seed": 0}
 
 
 def tuner(value=0.0):
@@ -183,6 +183,9 @@ def test_a_run_of_an_older_version_is_used_but_not_resumed(tmp_path):
     content = {"tuner": as_of_an_older_version(today.state_dict())}
     assert content["tuner"].keys().isdisjoint({"generators.0.W_up", "generators.0.R.a"})
     load_into(loaded, content, "best.pt")
+    path = str(tmp_path / "old.pt")
+    torch.save({**content, "meta": {name: x for name, x in META.items() if name != "act"}}, path)
+    assert load_checkpoint(path)["meta"]["act"] == "all"  # there was no choice
     assert all(torch.equal(x, today.state_dict()[name]) for name, x in loaded.state_dict().items())
     folder = RunFolder(str(tmp_path))
     torch.save({**content, "meta": {**META, "method": "iapt"}, "optimizer": {}, "state": {}}, folder.last)

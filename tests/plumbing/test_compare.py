@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, right_padded, shake, small_tuner
+from conftest import SMALL, right_padded, run_in, shake, small_tuner
 
 import train
 from baselines import METHODS
@@ -271,12 +271,12 @@ def test_a_control_that_a_test_set_lacks_is_a_dash(tmp_path):
         (["-oP=2"], "-o is set run by run"),
         (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
         (["--rates", "0"], "--rates must be above 0"),
+        (["--act", "answer"], "prompt acts on the whole prompt: --act answer is for iapt"),
     ],
 )
-def test_a_wrong_option_is_named(argv, says, capsys):
-    with pytest.raises(SystemExit) as e:
-        compare.main(["tiny", *argv])
-    assert e.value.code == 2 and says in capsys.readouterr().err
+def test_a_wrong_option_is_named(argv, says):
+    status, text = run_in(compare, "tiny", *argv)
+    assert status == 2 and says in text
 
 
 def test_after_an_interruption_no_other_method_begins(tmp_path, monkeypatch):
@@ -355,3 +355,6 @@ def test_two_tables_are_compared_on_the_same_rows(tmp_path, capsys):
     head, _, *rows = capsys.readouterr().out.splitlines()
     assert head == "| second minus first | test |"
     assert rows == ["| iapt | +0.500 (+0.500 to +0.500), 100.0 % and 0.0 % |"]
+    np.savez(tmp_path / "c.npz", **{name: x[:40] for name, x in arrays.items()})
+    with pytest.raises(ValueError, match="are not about the same rows"):
+        report_script.main([str(tmp_path / "a.npz"), str(tmp_path / "c.npz")])
