@@ -106,7 +106,8 @@ def warm_start(tuner: Tuner, path: str, meta: dict, out: str):
     content = load_checkpoint(path)
     if any(content["meta"][key] != meta[key] for key in ("method", "act", "options", "base", "template")):
         theirs, ours = (
-            f"{run['method']} {' '.join(run['options'])}, --act {run['act']}, on {run['init']} ({run['base']}, template {run['template']})"
+            f"{run['method']} {' '.join(run['options'])}, --act {run['act']}, on {run['init']}"
+            f" ({run['base']}, template {run['template']})"
             for run in (content["meta"], meta)
         )
         raise ValueError(f"--warm-start {path} is a run of {theirs}; this one is of {ours}")

@@ -136,11 +136,14 @@ def test_a_warm_start_begins_with_what_another_run_has_trained_and_resumes_as_an
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--method", "capt"], "activation=rational on tiny ({base}, template plain); this one is of capt "),
-        (["--init", "{other}"], "activation=rational on {other} ("),
+        (
+            ["--method", "capt"],
+            "activation=rational, --act all, on tiny ({base}, template plain); this one is of capt ",
+        ),
+        (["--init", "{other}"], "rational, --act all, on {other} ("),
         (
             ["-o", "activation=gelu"],
-            "; this one is of iapt P=4 m=0 repeat=3 activation=gelu on tiny ({base}, template plain)",
+            "; this one is of iapt P=4 m=0 repeat=3 activation=gelu, --act all, on tiny ({base}, template plain)",
         ),
         (["--warm-start", "{out}/best.pt"], "is where this run writes to: --out names another folder"),
         (["--warm-start", "nowhere"], "no checkpoint at nowhere"),
