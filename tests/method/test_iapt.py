@@ -9,7 +9,7 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import right_padded, shake, small_model, small_tuner
+from conftest import generator_of, right_padded, shake, small_model, small_tuner
 
 import iapt
 from baselines import Constants, PTuning2
@@ -381,3 +381,16 @@ def test_layers_share_the_down_projection_of_ours_and_nothing_else():
         assert len({id(g.W_down) for g in generators}) == shared
         assert len({id(g.W_up) for g in generators}) == 4
         assert len({id(g.W_sa) for g in generators}) == len({id(g.R) for g in generators}) == 4
+
+
+def test_a_reader_s_own_generator_is_the_class_of_that_name_or_one_derived_from_ours(tmp_path):
+    path = tmp_path / "my.py"
+    start = "import torch\nfrom iapt import Generator as Ours\nclass Helper: pass\n"
+    for code, name in (("class Mean(Ours): pass", "Mean"), ("class Generator(torch.nn.Module): pass", "Generator")):
+        path.write_text(f"{start}{code}\n")
+        assert generator_of(str(path)).__name__ == name
+    path.write_text(start)
+    with pytest.raises(pytest.UsageError, match="it has Helper, and should have one called Generator"):
+        generator_of(str(path))
+    with pytest.raises(pytest.UsageError, match="No such file"):
+        generator_of(str(tmp_path / "none.py"))
