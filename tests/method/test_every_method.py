@@ -22,6 +22,13 @@ VARIANTS = {
 WAYS = [(method, options, "all") for method in METHODS for options in ["", *VARIANTS.get(method, [])]]
 WAYS += [(method, "", "answer") for method, cls in METHODS.items() if "answer" in cls.acts]
 CASES = [(arch, *way) for arch in ARCHS for way in WAYS]
+# Of those that act on the answer alone, by default one of each kind: a softmax of its own, the words', hooks.
+KINDS = [("iapt", "answer"), ("ptuning2", "answer"), ("lora", "answer")]
+QUICK = [case for case in CASES if case[3] == "all" or (case[1], case[3]) in KINDS]
+
+
+def slow_unless(quick):
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 
 def name_of(case):
@@ -29,7 +36,7 @@ def name_of(case):
     return "-".join(filter(None, (arch, method, options.replace(" ", ","), act.removeprefix("all"))))
 
 
-@pytest.fixture(params=CASES, ids=name_of)
+@pytest.fixture(params=slow_unless(QUICK), ids=name_of)
 def tuned(request):
     """A small frozen model with a shaken tuner attached, and how to make the like again."""
     arch, method, options, act = request.param
@@ -193,12 +200,10 @@ def test_beside_a_model_in_bf16_what_is_learned_stays_in_fp32(tuned):
 
 
 # Tracing takes seconds: by default, three kinds of method on one architecture.
-KINDS = [("iapt", "all"), ("prompt", "all"), ("lora", "all"), ("iapt", "answer")]
-QUICK = [case for case in CASES if case[0] == "llama" and (case[1], case[3]) in KINDS and not case[2]]
-TRACED = [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+TRACED = [("llama", method, "", act) for method, act in (("iapt", "all"), ("prompt", "all"), ("iapt", "answer"))]
 
 
-@pytest.mark.parametrize("tuned", TRACED, indirect=True, ids=name_of)
+@pytest.mark.parametrize("tuned", slow_unless(TRACED), indirect=True, ids=name_of)
 def test_compiled_equals_eager(tuned):
     """The hidden states and their gradients, as `train.py --compile` computes them.  aot_eager traces forward and
     backward as inductor does, in seconds.
