@@ -31,7 +31,7 @@ from plumbing.cli import Parser, UsageError, add_device_options, at_least, pick_
 from plumbing.compiling import compiled_step
 from plumbing.explain import reading_weights, shade_words
 from plumbing.hub import find_model
-from plumbing.pretrained import fingerprint, load_pretrained, read_config
+from plumbing.pretrained import fingerprint, init_weights, load_pretrained, read_config
 
 
 def open_model(
@@ -40,7 +40,7 @@ def open_model(
     """A frozen decoder and its tokenizer; from scratch, one of its size with random weights."""
     folder = find_model(init)
     if scratch:
-        model = Decoder(read_config(os.path.join(folder, "config.json"))).to(device, dtype)
+        model = init_weights(Decoder(read_config(os.path.join(folder, "config.json")))).to(device, dtype)
     else:
         model = load_pretrained(folder, dtype, device)
     return model.requires_grad_(False), Tokenizer.load(folder)

@@ -145,6 +145,17 @@ def open_model_tensors(folder: str) -> tuple[Config, dict[str, LazyTensor]]:
     return config, tensors
 
 
+def init_weights(model: Decoder) -> Decoder:
+    """A model with random weights, from which to train: as GPT-2's, what adds to the residual stream starts smaller."""
+    small = 0.02 / (2 * model.config.n_layer) ** 0.5
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif p.dim() == 2:
+            nn.init.normal_(p, std=small if name.endswith(("attn.o.weight", "mlp.down.weight")) else 0.02)
+    return model
+
+
 def save_pretrained(folder: str, model: Decoder, dtype: torch.dtype = torch.float32):
     """Write a model as a Hugging Face folder, its tensors in `dtype`."""
     os.makedirs(folder, exist_ok=True)

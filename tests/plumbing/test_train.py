@@ -7,6 +7,7 @@ import importlib
 import inspect
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -241,6 +242,17 @@ def test_answers_that_are_label_words_are_scored_by_accuracy_among_them(tmp_path
     result = train.main([*SMALL, "--data", path, "--out", str(tmp_path / "x")])
     assert "accuracy nats/token" in capsys.readouterr().out
     assert result["before"] == session.scores()
+
+
+def test_training_from_scratch_begins_with_gpt2_s_small_weights():
+    """PyTorch's own are larger: a model of many layers then starts with a loss far above that of a guess."""
+    torch.manual_seed(0)
+    model, _ = sample.open_model("tiny", scratch=True)
+    block = model.h[0]
+    for p, std in ((model.wte.weight, 0.02), (block.attn.q.weight, 0.02), (block.attn.o.weight, 0.02 / 8**0.5)):
+        assert p.std().item() == pytest.approx(std, rel=0.05) and abs(p.mean().item()) < 0.01
+    idx = torch.randint(1000, (4, 64))
+    assert model(idx, targets=idx.roll(-1, 1)).item() == pytest.approx(math.log(1014), abs=0.1)
 
 
 def test_a_model_trained_from_scratch_can_be_tuned_and_trains_in_fp32_whatever_is_asked_for(rows, tmp_path):
