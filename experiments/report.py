@@ -7,6 +7,7 @@ bootstrap, so an interval says what other rows and other seeds could have brough
 """
 
 from collections.abc import Iterable, Iterator
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -55,12 +56,16 @@ def interval(mean: float, low: float, high: float) -> str:
 
 
 class Scores:
-    """The arrays of a scores.npz, by method, seed and test set."""
+    """The arrays of a scores.npz, by method, seed and test set.  Raises ValueError if the file is none."""
 
     def __init__(self, path: str):
-        self.arrays = dict(np.load(path))
-        keys = [key.split("/") for key in self.arrays]
-        self.seeds = {method: sorted({int(seed) for m, seed, *_ in keys if m == method}) for method, *_ in keys}
+        try:
+            self.arrays = dict(np.load(path))
+            keys = [key.split("/") for key in self.arrays]
+            self.seeds = {method: sorted({int(seed) for m, seed, *_ in keys if m == method}) for method, *_ in keys}
+        except (OSError, EOFError, TypeError, ValueError, BadZipFile) as e:  # TypeError: a single array
+            wanted = "a whole scores.npz, as python -m experiments.compare writes it"
+            raise ValueError(f"{path} is not {wanted} ({type(e).__name__})") from e
         self.tests = list(dict.fromkeys(test for *_, test, what in keys if what == "nats" and test != "plain"))
 
     def get(self, method: str, test: str, what: str = "nats") -> list[np.ndarray]:

@@ -358,3 +358,17 @@ def test_two_tables_are_compared_on_the_same_rows(tmp_path, capsys):
     np.savez(tmp_path / "c.npz", **{name: x[:40] for name, x in arrays.items()})
     with pytest.raises(ValueError, match="are not about the same rows"):
         report_script.main([str(tmp_path / "a.npz"), str(tmp_path / "c.npz")])
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut off", "one array", "other arrays"])
+def test_a_file_that_holds_no_scores_is_refused_in_one_line(tmp_path, damage):
+    path = tmp_path / "scores.npz"
+    if damage == "one array":
+        with open(path, "wb") as f:
+            np.save(f, np.zeros(3))
+    elif damage != "missing":
+        np.savez(path, a=np.zeros(300))
+        whole = path.read_bytes()
+        path.write_bytes({"empty": b"", "text": b"nats", "cut off": whole[:-30]}.get(damage, whole))
+    with pytest.raises(ValueError, match=r"^\S+scores\.npz is not a whole scores\.npz, .*compare writes it \(\w+\)$"):
+        Scores(str(path))
