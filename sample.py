@@ -20,7 +20,7 @@ from torch import Tensor
 
 from baselines import build
 from baselines.tenants import Tenants
-from data import PLAIN, shorten
+from data import PLAIN, right_pad, shorten
 from data.template import Template, make_template
 from data.tokenizer import Tokenizer
 from iapt import IAPT, PaperIAPT
@@ -145,9 +145,8 @@ def prefill(
         with tuner.silent():
             past = read_prefix(model, prompts[0][:n], len(prompts))
         prompts = [prompt[n:] for prompt in prompts]
-    device, longest = model.wte.weight.device, max(map(len, prompts))
-    idx = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-    return model.prefill(idx, torch.tensor([len(prompt) for prompt in prompts], device=device), tuner, room, past)
+    idx, length = right_pad(prompts, model.wte.weight.device)
+    return model.prefill(idx, length, tuner, room, past)
 
 
 def sample_token(

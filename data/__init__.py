@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -129,6 +130,13 @@ def collate(examples: list[Example], block_size: int, device: str | torch.device
         targets[b, max(len(prompt) - 1, 0) : n] = ids[max(len(prompt), 1) :]
         instr[b, : len(prompt)] = True
     return Batch(idx.to(device), targets.to(device), instr.to(device))
+
+
+def right_pad(prompts: Sequence[Sequence[int]], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+    """Prompts as ids (B, T), padded on the right to the longest, and their lengths (B,)."""
+    longest = max(map(len, prompts))
+    idx = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+    return idx, torch.tensor([len(prompt) for prompt in prompts], device=device)
 
 
 class Batches:

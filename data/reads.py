@@ -7,8 +7,8 @@ L (2 G D + C) numbers: keys and values, and the states that enter each layer.
 import torch
 from torch import Tensor
 
-from data import Example
-from model import Cache, Context, Decoder, Soft, Tuner
+from data import Example, right_pad
+from model import Cache, Decoder, Tuner
 
 
 class Reads:
@@ -19,14 +19,9 @@ class Reads:
 
     def __init__(self, model: Decoder, tuner: Tuner, prompts: list[list[int]], size: int = 64):
         self.kept = {}  # prompt: keys and values (L, G, T, D), states (L, T, C)
-        device = model.wte.weight.device
         prompts = sorted(set(map(tuple, prompts)), key=len)
         for part in (prompts[i : i + size] for i in range(0, len(prompts), size)):
-            idx = torch.zeros(len(part), len(part[-1]), dtype=torch.long)
-            for row, prompt in zip(idx, part):
-                row[: len(prompt)] = torch.tensor(prompt)
-            length = torch.tensor([len(prompt) for prompt in part], device=device)
-            cache = model.read(idx.to(device), length, tuner)
+            cache = model.read(*right_pad(part, model.wte.weight.device), tuner)
             k, v = (torch.stack([layer.joined[i] for layer in cache.layers]) for i in range(2))
             states = torch.stack(cache.states)
             for b, prompt in enumerate(part):
@@ -39,8 +34,8 @@ class Reads:
         k, v, states = (padded([self.kept[prompt][i] for prompt in prompts]) for i in range(3))
         cache = Cache(length - 1)
         cache.instr = instr[:, : states.shape[2]]
-        keep = torch.arange(k.shape[3], device=k.device) < cache.at[:, None]
-        cache.layers = [Context(Soft(k[l], v[l], keep[:, None, None])) for l in range(len(k))]
+        for layer in zip(k, v):
+            cache.append(*layer)
         cache.states, cache.last = list(states), torch.zeros_like(states[0])
         return cache
 
