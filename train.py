@@ -17,6 +17,7 @@ from argparse import BooleanOptionalAction, Namespace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from baselines import METHODS, build, spell_out
@@ -173,13 +174,19 @@ def add_gradients(model: Decoder, tuner: Tuner, batch: Batch, parts: int, reads:
     """Add this process's share of a batch's gradient; return that of the mean loss, and how many tokens it has read."""
     targets_in_batch, loss = (batch.targets >= 0).sum(), 0.0
     batch = distributed.local_rows(batch)
-    for idx, targets, instr in zip(*(x.chunk(parts) for x in batch)):
-        share = (targets >= 0).sum() / targets_in_batch  # the loss is the mean over this micro-batch
-        cache, n = reads and reads(idx, instr), int((targets >= 0).sum(1).max())
-        part = head_loss(model, model.hidden(idx, instr, tuner, cache, n), targets) * share
+    for micro in map(Batch, *(x.chunk(parts) for x in batch)):
+        share = (micro.targets >= 0).sum() / targets_in_batch  # the loss is the mean over this micro-batch
+        part = batch_loss(model, tuner, micro, reads) * share
         part.backward()
         loss += part.item()
     return loss, (batch.instr | (batch.targets >= 0)).sum().item()
+
+
+def batch_loss(model: Decoder, tuner: Tuner, batch: Batch, reads: Reads | None) -> Tensor:
+    """Mean cross-entropy of a batch's responses, in nats per token; reads: its prompts, if they have been read."""
+    idx, targets, instr = batch
+    cache, n = reads and reads(idx, instr), int((targets >= 0).sum(1).max())
+    return head_loss(model, model.hidden(idx, instr, tuner, cache, n), targets)
 
 
 # -- A run -------------------------------------------------------------------------------------------------------------

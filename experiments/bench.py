@@ -38,6 +38,7 @@ from tqdm import tqdm
 from baselines import METHODS, build
 from baselines.hooks import Hooked
 from baselines.tenants import Tenants
+from data import Batch
 from data.reads import Reads
 from experiments.report import markdown
 from model import NO_TUNER, Cache, Config, Decoder, Tuner
@@ -45,10 +46,10 @@ from plumbing.caches import read_prefix
 from plumbing.cli import Parser, add_device_options, at_least, pick_device, run
 from plumbing.compiling import compile_parts, compiled_step
 from plumbing.files import replacing, write_json
-from plumbing.head_loss import head_loss
 from plumbing.hub import find_model
 from plumbing.pretrained import load_pretrained, write_config
 from sample import generate, prefill
+from train import batch_loss
 
 # -- Timing ------------------------------------------------------------------------------------------------------------
 
@@ -292,15 +293,12 @@ def targets_of(idx: Tensor, answer: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def our_step(model: Decoder, tuner: Tuner, idx: Tensor, answer: int = 0, kept: bool = False) -> TrainingStep:
-    """A step with the loss as train.py computes it; kept: prompts have been read before."""
+    """A step of train.py's loss; kept: prompts have been read before."""
     targets, instr = targets_of(idx, answer)
+    batch = Batch(idx, targets, instr)
     reads = Reads(model, tuner, [ids[here].tolist() for ids, here in zip(idx, instr)]) if kept else None
 
-    def loss():
-        cache, n = reads and reads(idx, instr), int((targets >= 0).sum(1).max())
-        return head_loss(model, model.hidden(idx, instr, tuner, cache, n), targets)
-
-    return TrainingStep(tuner, loss, model)
+    return TrainingStep(tuner, lambda: batch_loss(model, tuner, batch, reads), model)
 
 
 WAYS = {"": ("all", False), ", acting on the answer": ("answer", False), "..., prompts kept": ("answer", True)}
