@@ -38,7 +38,7 @@ Activation = Literal["rational", "gelu", "relu", "identity"]
 
 
 class Generator(nn.Module):
-    """One layer's generator: H (B, T, C), instr (B, T) -> S (B, P, K), in fp32.  Layers may share W_down (C, m)."""
+    """One layer's generator: H (B, T, C), instr (B, T) -> A (B, T, P), S (B, P, K), fp32.  Layers may share W_down."""
 
     def __init__(self, W_down: nn.Parameter, K: int, P: int, activation: Activation):
         super().__init__()
@@ -48,11 +48,11 @@ class Generator(nn.Module):
         self.R = ACTIVATIONS[activation]()
         self.W_up = nn.Parameter(torch.zeros(m, K))
 
-    def forward(self, H: Tensor, instr: Tensor) -> Tensor:
+    def forward(self, H: Tensor, instr: Tensor) -> tuple[Tensor, Tensor]:
         Z = self.project(H)
         A = self.attention(Z, instr)
         Q = F.rms_norm(A.mT @ Z, Z.shape[-1:], eps=1e-4)
-        return self.R(Q) @ self.W_up
+        return A, self.R(Q) @ self.W_up
 
     def project(self, H: Tensor) -> Tensor:
         """Z (B, T, m) = rms_norm(H) @ W_down."""
@@ -86,9 +86,9 @@ class IAPT(Tuner):
         self.lr = 0.5 / C  # a wider model wants smaller steps
 
     def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft:
-        return self.add(block, l, self.generators[l](x, instr))
+        return self.soft(block, l, x, *self.generators[l](x, instr))
 
-    def add(self, block: Block, l: int, S: Tensor) -> Soft:
+    def soft(self, block: Block, l: int, x: Tensor, A: Tensor, S: Tensor) -> Soft:
         """Layer l's keys and values, with S (B, P, K) added to the values: S_1 .. S_P, S_1 .. S_P, ..."""
         values = self.values[l] + S.repeat(1, self.repeat, 1)
         return Soft(block.attn.heads(self.keys[l].expand_as(values)), block.attn.heads(values))
@@ -101,8 +101,9 @@ class IAPT(Tuner):
         names = [name for name, p in one.named_parameters() if p is not self.generators[-1].get_parameter(name)]
         own = {name: torch.stack([g.get_parameter(name) for g in self.generators]) for name in names}
         generate = vmap(lambda own, H: functional_call(one, own, (H, instr)), randomness="different")
-        S = generate(own, torch.stack(states))  # (L, B, P, K)
-        return [self.place(self.add(block, l, S[l]), states[l].dtype) for l, block in enumerate(model.h)]
+        A, S = generate(own, torch.stack(states))  # (L, B, T, P), (L, B, P, K)
+        layers = enumerate(zip(model.h, states, A, S))
+        return [self.place(self.soft(block, l, x, *AS), x.dtype) for l, (block, x, *AS) in layers]
 
     def groups(self, lr: float) -> list[dict]:
         """Adam moves everything by about lr a step: too little for the constants, too much for R's coefficients."""
@@ -127,9 +128,10 @@ class IAPT(Tuner):
 class PaperGenerator(Generator):
     """H and Q as they are."""
 
-    def forward(self, H: Tensor, instr: Tensor) -> Tensor:
+    def forward(self, H: Tensor, instr: Tensor) -> tuple[Tensor, Tensor]:
         Z = self.project(H)
-        return self.R(self.attention(Z, instr).mT @ Z) @ self.W_up
+        A = self.attention(Z, instr)
+        return A, self.R(A.mT @ Z) @ self.W_up
 
     def project(self, H: Tensor) -> Tensor:
         return (H @ self.W_down.to(H.dtype)).float()
@@ -162,7 +164,7 @@ class PaperIAPT(Tuner):
             x, _, _ = block(x, rope)
 
     def soft_tokens(self, l: int, x: Tensor, instr: Tensor) -> Tensor:
-        return self.generators[l](x, instr)  # (B, P, C)
+        return self.generators[l](x, instr)[1]  # (B, P, C)
 
 
 # -- The activation ----------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
     Tuner                                            where a method may reach into it; the defaults do nothing
     Cache                                            keys and values already computed
     Decoder                                          hidden, or read, write, answer;  forward, prefill, step
-Beside a plain decoder, one thing is new: what reads a sequence asks the tuner, before each block, for soft tokens to
-attend to.  `step` writes one more token, and takes no tuner: by then they are entries of the cache.
+New beside a plain decoder: before each block, the tuner is asked for soft tokens to attend to.  `step` writes one more
+token, and takes no tuner: by then they are entries of the cache.
 
 Letters for shapes, here and everywhere: B rows of a batch, T tokens, P soft tokens, C n_embd, H heads, G key/value
 heads, D head size, V vocabulary, L layers.
@@ -205,14 +205,14 @@ def attention_mask(T: int, joined: Soft | None) -> Tensor | None:
 class Tuner(nn.Module):
     """A way to tune a frozen decoder.  Override what you need: the defaults do nothing.
 
-    It gets hidden states x (B, T, C) and instr (B, T), True on the prompt.  Read nothing else: the rest is the answer,
-    and a prompt that has seen the answer has seen the labels.  Keep nothing between calls: it would become stale.
+    It gets hidden states x (B, T, C) and instr (B, T), True on the prompt.  Read nothing else: what has seen the answer
+    has seen the labels.  Keep nothing between calls: it would become stale.
     """
 
     lr = 1e-2  # the default of train.py's --lr
     separate = False  # whether its soft tokens get a softmax of their own, whose result is added
-    act = "all"  # on all tokens; "answer": the frozen model reads the prompt, and the tuner acts from its last token on
-    acts = ("all", "answer")  # what `act` can be
+    act = "all"  # on all tokens; "answer": from the prompt's last one on; "hidden": on what follows an instruction
+    acts = ("all", "answer", "hidden")  # what `act` can be; in the last two, the frozen model reads by itself
     silent = nullcontext  # with tuner.silent(): it does nothing
 
     def start(self, model: "Decoder"):
@@ -266,8 +266,7 @@ NO_TUNER = Tuner()  # the frozen model alone
 class Cache:
     """Keys and values of right-padded prompts, with `room` for more tokens, as a `Context` of each layer.
 
-    Each row goes on at its own length, over its own padding.  Shapes never change: a decode step is compiled once.
-    """
+    Each row goes on at its own length, over its own padding.  Shapes never change: a decode step is compiled once."""
 
     def __init__(self, length: Tensor, room: int = 0):
         self.room, self.layers = room, []
@@ -276,7 +275,7 @@ class Cache:
 
     def append(self, k: Tensor, v: Tensor):
         """Add a layer's keys and values (B, G, T, D)."""
-        k, v = F.pad(k, (0, 0, 0, self.room)), F.pad(v, (0, 0, 0, self.room))
+        k, v = (F.pad(x, (0, 0, 0, self.room)) if self.room else x for x in (k, v))
         keep = torch.arange(k.shape[2], device=k.device) < self.at[:, None]
         self.layers.append(Context(Soft(k, v, keep[:, None, None])))
 
@@ -284,7 +283,8 @@ class Cache:
         """Add soft tokens to layer l."""
         k, v, keep = self.layers[l].joined
         if soft.joined is not None:
-            keep = torch.cat((keep, soft.joined.kept().expand(len(keep), -1, -1, -1)), -1)
+            ours, theirs = (x.kept().expand(len(k), -1, -1, -1) for x in (self.layers[l].joined, soft.joined))
+            keep = torch.cat((ours, theirs), -1)
         self.layers[l] = Context(Soft(*soft.join(k, v), keep), soft.separate)
 
 
@@ -312,17 +312,24 @@ class Decoder(nn.Module):
 
     def hidden(self, idx: Tensor, instr: Tensor | None = None, tuner: Tuner | None = None, cache: Cache | None = None,
                n: int | None = None) -> Tensor:  # fmt: skip
-        """The last hidden states (B, T, C) of right-padded tokens idx (B, T); instr (B, T): True on the prompt.
+        """The last hidden states (B, T, C) of right-padded tokens idx (B, T); instr (B, T): True on what a tuner reads.
 
-        n: how many will be used, at most, from each prompt's last token on.  The others may be anything.
+        cache: to be filled; or what has been read, where the frozen model reads by itself.  n: how many states will be
+        used, at most, from the last token read on; the others may be anything.
         """
-        tuner = tuner or NO_TUNER
+        tuner, T = tuner or NO_TUNER, idx.shape[1]
         if tuner is not NO_TUNER and instr is None:
             raise ValueError("a tuner needs instr (B, T), True on the instruction's tokens: it got None")
-        if tuner.act == "answer":
-            return self.read_write_answer(idx, instr, tuner, cache, n)
-        x, rope = self.embed(idx, torch.arange(idx.shape[1], device=idx.device))
-        return self.ln_f(tuner.around_blocks(self, x, rope, instr, cache))
+        if tuner.act == "all":
+            x, rope = self.embed(idx, torch.arange(T, device=idx.device))
+            return self.ln_f(tuner.around_blocks(self, x, rope, instr, cache))
+        if cache is None:
+            cache = self.read(idx[:, : int(instr.sum(1).max())], instr.sum(1), tuner, whole=tuner.act == "hidden")
+        self.write(cache, tuner)
+        at = cache.pos[:, None] + torch.arange(n or T, device=idx.device)  # (B, n)
+        idx = F.pad(idx, (0, n or T))  # behind a row with a long prompt there may not be n tokens
+        x = F.pad(cache.last, (0, 0, 0, idx.shape[1] - cache.last.shape[1]))
+        return x.scatter(1, at[..., None].expand(-1, -1, x.shape[2]), self.answer(idx.gather(1, at), cache))[:, :T]
 
     def blocks(self, x: Tensor, rope: tuple | None, soft: Callable[[int, Tensor], Context],
                cache: Cache | None = None) -> Tensor:  # fmt: skip
@@ -336,36 +343,23 @@ class Decoder(nn.Module):
                 cache.add(l, more)
             return x
 
+        again = self.checkpointing and torch.is_grad_enabled()
         for l in range(len(self.h)):
-            recompute = self.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(layer, l, x, use_reentrant=False) if recompute else layer(l, x)
+            x = checkpoint(layer, l, x, use_reentrant=False) if again else layer(l, x)
         return x
 
-    def read_write_answer(self, idx: Tensor, instr: Tensor, tuner: Tuner, cache: Cache | None, n: int | None) -> Tensor:
-        """`hidden`, for a tuner that acts from the prompt's last token on; cache: the prompts, if read before."""
-        length, T = instr.sum(1), idx.shape[1]
-        cache = self.read(idx[:, : int(length.max())], length, tuner) if cache is None else cache
-        for l, soft in enumerate(tuner.write(self, cache.states, cache.instr)):
-            cache.add(l, soft)
-        at = cache.pos[:, None] + torch.arange(n or T, device=idx.device)  # (B, n)
-        idx = F.pad(idx, (0, n or T))  # behind a row with a long prompt there may not be n tokens
-        x, y = cache.last, self.answer(idx.gather(1, at), cache)
-        x = F.pad(x, (0, 0, 0, idx.shape[1] - x.shape[1]))
-        return x.scatter(1, at[..., None].expand(-1, -1, x.shape[2]), y)[:, :T]
-
     @torch.no_grad()
-    def read(self, idx: Tensor, length: Tensor, tuner: Tuner = NO_TUNER, room: int = 0,
-             past: Cache | None = None) -> Cache:  # fmt: skip
+    def read(self, idx: Tensor, length: Tensor, tuner: Tuner = NO_TUNER, room: int = 0, past: Cache | None = None,
+             whole: bool = False) -> Cache:  # fmt: skip
         """The frozen model reads right-padded prompts idx (B, T) of `length` (B,) tokens; the tuner is silent.
 
-        The cache ends before each prompt's last token, with which `answer` or `step` begins.  past: what prompts go on
-        from, which has been read with a length one larger, so that its end is in it.
+        The cache ends before each prompt's last token, with which `answer` or `step` begins; whole: after it.  past:
+        what prompts go on from, a whole cache.
         """
-        cache, place = Cache(length - 1, room), torch.arange(idx.shape[1], device=idx.device)
+        cache, place = Cache(length if whole else length - 1, room), torch.arange(idx.shape[1], device=idx.device)
         cache.instr = place < length[:, None]
         if past is not None:
-            place = past.pos[:, None] + place
-            cache.pos += past.pos
+            place, cache.pos = past.pos[:, None] + place, past.pos + cache.pos
             cache.instr = torch.cat((past.instr, cache.instr), 1)
 
         def look(l: int, x: Tensor) -> Context:
@@ -376,6 +370,15 @@ class Decoder(nn.Module):
             x, rope = self.embed(idx, place)
             cache.last = self.ln_f(self.blocks(x, rope, look, cache))
         return cache
+
+    def write(self, cache: Cache, tuner: Tuner):
+        """The tuner writes soft tokens into a cache of `read`: in place of the words, if they are hidden."""
+        soft = tuner.write(self, cache.states, cache.instr)
+        if tuner.act == "hidden":  # each row's first word stays, a sink: it takes the attention that nothing else wants
+            cache.layers = [Context(Soft(words.k[:, :, :1], words.v[:, :, :1])) for words, _ in cache.layers]
+            cache.states, cache.instr = [x[:, :0] for x in cache.states], cache.instr[:, :0]
+        for l, more in enumerate(soft):
+            cache.add(l, more)
 
     def answer(self, idx: Tensor, cache: Cache) -> Tensor:
         """The last hidden states of tokens idx (B, T) that follow a cache: T steps at once, which leave it as it is."""
@@ -401,8 +404,7 @@ class Decoder(nn.Module):
         tuner, last = tuner or NO_TUNER, (torch.arange(len(idx), device=idx.device), length - 1)
         if tuner.act == "answer" or past is not None:
             cache = self.read(idx, length, tuner, room, past)
-            for l, soft in enumerate(tuner.write(self, cache.states, cache.instr)):
-                cache.add(l, soft)
+            self.write(cache, tuner)
             cache.states, cache.last, cache.instr = [], None, None  # decoding wants none of them
             return self.step(idx[last], cache), cache
         cache, place = Cache(length, room), torch.arange(idx.shape[1], device=idx.device)

@@ -5,6 +5,9 @@
     python sample.py out/iapt < questions.txt                                       # a line each; without: a dialogue
     python sample.py out/iapt "the past of go ?" --explain                          # what each soft token reads
     python sample.py --tenant out/iapt "the past of go ?" --tenant out/lora "the plural of mouse ?"     # one batch
+A run of --hide-instruction reads an instruction once, for all inputs, and can keep what it wrote of it:
+    python sample.py out/summary "Translate to French." --input cheese --input bread --save french.safetensors
+    python sample.py out/summary @french.safetensors "Give the plural." --input apple --input mouse
 
 A map of this file: open_model, open_runs; generate, with prefill and sample_token; answer; main.
 """
@@ -21,6 +24,7 @@ from torch import Tensor
 from baselines import build
 from baselines.tenants import Tenants
 from data import PLAIN, right_pad, shorten
+from data.instructions import read_instructions, recall, save_instruction
 from data.template import Template, make_template
 from data.tokenizer import Tokenizer
 from iapt import IAPT, PaperIAPT
@@ -88,7 +92,7 @@ def open_runs(
 def generate(
     model: Decoder, prompts: list[list[int]], tuner: Tuner | None = None, max_new: int = 64, stop: int | None = None,
     beams: int = 1, length_penalty: float = 1.0, seed: int = 0, step: Callable[[Tensor, Cache], Tensor] | None = None,
-    **sampling: float,
+    past: Cache | None = None, **sampling: float,
 ) -> list[list[int]]:  # fmt: skip
     """Continue several prompts at once.  Returns the new tokens, a list per prompt.
 
@@ -97,11 +101,13 @@ def generate(
     stop       id at which a row ends (it is left out of the result); None: no such id
     beams      width of a beam search, see `beam_search`; 1: none
     step       takes the place of model.step, see plumbing/compiling.py
+    past       what the prompts go on from, such as hidden instructions (plumbing/caches.py)
     sampling   temperature, top_k, top_p of `sample_token`
     """
     longest = max(map(len, prompts), default=0)
     if not longest or not all(prompts):
         raise ValueError("an empty prompt: there is nothing to continue")
+    longest += 0 if past is None else int(past.pos.max())
     if longest + max_new > model.config.block_size:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new} new ones: this model has room for {model.config.block_size}"
@@ -111,7 +117,7 @@ def generate(
         raise ValueError(f"a beam search draws nothing: give {beams} beams or a temperature, not both")
     training = tuner is not None and tuner.training
     tuner = tuner.eval() if training else tuner
-    logits, cache = prefill(model, prompts, tuner, max_new)
+    logits, cache = prefill(model, prompts, tuner, max_new, past)
     if training:
         tuner.train()
     step = step or model.step
@@ -138,8 +144,8 @@ def prefill(
 
     past: what they go on from, kept from an earlier question about the same text (`read_prefix`).
     """
-    if past is not None and tuner is not None and tuner.act == "all":
-        raise ValueError("a tuner that acts on the prompt, too, cannot go on from what the frozen model has read")
+    if past is not None and tuner is not None and tuner.act != "answer":
+        raise ValueError("only a tuner that acts on the answer alone can go on from what the frozen model has read")
     n = common_prefix(prompts) if len(prompts) > 1 and past is None else 0
     if n >= 16 and tuner is not None and tuner.act == "answer":
         with tuner.silent():
@@ -171,18 +177,25 @@ def sample_token(
 
 def answer(
     model: Decoder, tokenizer: Tokenizer, rows: list[dict], tuner: Tuner | None = None, max_new: int = 0,
-    truncate: bool = False, template: Template = PLAIN, **settings,
+    truncate: bool = False, template: Template = PLAIN, past: Cache | None = None, **settings,
 ) -> list[str]:  # fmt: skip
     """Answers to rows of instruction and input, as text; `settings` go to `generate`, which is greedy by default.
 
-    max_new=0 means 64 tokens, or as many as there is room for; truncate makes room by shortening prompts.
+    max_new=0 means 64 tokens, or as many as there is room for; truncate makes room by shortening prompts.  past: the
+    rows' instructions, for a tuner from which they are hidden; they are read if it is left out.
     """
-    prompts, limit = [template.prompt_ids(row, tokenizer) for row in rows], model.config.block_size
-    if truncate:
-        room = limit - (max_new or min(64, limit // 2))
-        prompts = [shorten(prompt, room, tokenizer, template) for prompt in prompts]
+    limit = model.config.block_size
+    if tuner is not None and tuner.act == "hidden":
+        halves = [template.split_ids(row, tokenizer) for row in rows]
+        past = read_instructions(model, [first for first, _ in halves], tuner) if past is None else past
+        prompts, tuner, limit = [rest for _, rest in halves], None, limit - int(past.pos.max())
+    else:
+        prompts = [template.prompt_ids(row, tokenizer) for row in rows]
+        if truncate:
+            room = limit - (max_new or min(64, limit // 2))
+            prompts = [shorten(prompt, room, tokenizer, template) for prompt in prompts]
     max_new = max_new or max(1, min(64, limit - max(map(len, prompts))))
-    answers = generate(model, prompts, tuner, max_new, template.end_id(tokenizer), **settings)
+    answers = generate(model, prompts, tuner, max_new, template.end_id(tokenizer), past=past, **settings)
     return [template.answer_text(ids, tokenizer) for ids in answers]
 
 
@@ -194,7 +207,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("run", nargs="?", help="folder of a run, or its best.pt")
     add("prompts", nargs="*", metavar="instruction", help="instructions (default: lines of standard input, a dialogue)")
-    add("--input", action="append", default=[], help="what an instruction is about; one for all of them, or one each")
+    add("--input", action="append", default=[],
+        help="what an instruction is about: one for all instructions, one each, or several for one")  # fmt: skip
+    add("--save", metavar="FILE", help="keep the soft tokens of a hidden instruction, to be used as @FILE")
     add("--tenant", action="append", nargs="+", default=[], help="a run and what to ask it; several make one batch")
     add("--init", help="the frozen model (default: the one of the training run)")
     add("--frozen", action="store_true", help="leave the tuning out: the frozen model alone")
@@ -215,8 +230,12 @@ def parse(argv: list[str] | None = None) -> Namespace:
         args.prompts = [prompt for _, *prompts in args.tenant for prompt in prompts]
         if args.frozen or min(map(len, args.tenant)) < 2:
             parser.error("--tenant wants a run and at least one instruction, and goes without --frozen")
+    if len(args.prompts) == 1 and len(args.input) > 1 and not args.tenant:
+        args.prompts *= len(args.input)
     if len(args.input) not in (0, 1, len(args.prompts)):
         parser.error(f"{len(args.input)} --input for {len(args.prompts)} instructions: give one for all, or one each")
+    if args.save and (args.tenant or args.frozen or len(set(args.prompts)) != 1):
+        parser.error("--save keeps one instruction of one run: it goes without --tenant and --frozen")
     if args.beams > 1 and args.temperature:
         parser.error("--beams goes without --temperature")
     if not 0 < args.top_p <= 1:
@@ -238,6 +257,9 @@ def main(argv: list[str] | None = None):
         raise UsageError("--explain shows what IAPT's soft tokens read: it wants one run of iapt, and no --frozen")
     if tuner is not None:
         tuner.attach(model)
+    hidden = tuner is not None and tuner.act == "hidden"
+    if not hidden and (args.save or any(text.startswith("@") and os.path.exists(text[1:]) for text in args.prompts)):
+        raise UsageError("--save and @FILE are for a run of --hide-instruction, without --frozen")
     settings = {name: getattr(args, name) for name in ("max_new", "seed", "beams", "temperature", "top_k", "top_p")}
     settings |= {"template": template, "step": compiled_step(model) if args.compile else None}
 
@@ -245,7 +267,11 @@ def main(argv: list[str] | None = None):
         """Lines to print: an answer to each instruction, with --explain after what was read for it."""
         inputs = args.input * len(instructions) if len(args.input) == 1 else args.input or [""] * len(instructions)
         rows = [{"instruction": text, "input": about} for text, about in zip(instructions, inputs)]
-        for row, text in zip(rows, answer(model, tokenizer, rows, tuner, **settings)):
+        past = recall(model, tokenizer, template, tuner, instructions) if hidden and not args.tenant else None
+        if args.save:
+            save_instruction(args.save, past, model, tuner)
+            yield f"saved {args.save}: soft tokens of the instruction, to be kept as safely as its text"
+        for row, text in zip(rows, answer(model, tokenizer, rows, tuner, past=past, **settings)):
             if args.explain:
                 prompt = template.prompt_ids(row, tokenizer)
                 weights = reading_weights(model, tuner, prompt)

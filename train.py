@@ -14,7 +14,6 @@ import random
 import shlex
 import time
 from argparse import BooleanOptionalAction, Namespace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +22,9 @@ from tqdm import tqdm
 from baselines import METHODS, build, spell_out
 from data import Batch, Batches, Example, encode, evenly_spaced, open_data, rows_fingerprint
 from data.files import label_words
-from data.reads import Reads, keep_reads
-from data.scores import Score, accuracy, before_and_after, evaluate, score_table
-from data.template import Template, make_template
-from data.tokenizer import Tokenizer
+from data.reads import Reads, Teacher, keep_reads
+from data.scores import BLIND, Session, before_and_after, evaluate, score_table
+from data.template import make_template
 from model import Decoder, Tuner
 from plumbing import distributed
 from plumbing.checkpoint import RunFolder, load_checkpoint, load_into, save_tuner, warm_start
@@ -39,7 +37,7 @@ from plumbing.pretrained import fingerprint, save_pretrained
 from sample import answer, open_model
 
 # Options that a checkpoint records, beside what new_tuner adds: with others a run cannot be resumed.
-RUN_KEYS = ("method", "act", "init", "scratch", "data", "template", "seed", "steps", "lr", "batch_size",
+RUN_KEYS = ("method", "act", "distill", "init", "scratch", "data", "template", "seed", "steps", "lr", "batch_size",
             "weight_decay", "eval_every", "train_rows", "val_rows", "skip_bad", "truncate", "warm_start")  # fmt: skip
 
 
@@ -50,9 +48,14 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--scratch", action="store_true", help="forget the weights of --init: train a model of that size anew")
     add("--data", default="tiny", help="tiny, a folder with train.jsonl, or a file of rows")
     add("--template", default="plain", choices=["plain", "chat"], help="layout of a row; chat: the model's own")
-    add("--method", default="iapt", help=", ".join(METHODS))
+    add("--method", help=f"{', '.join(METHODS)} (default: iapt; summary, if the instruction is hidden)")
     add("-o", nargs="+", default=[], action="extend", metavar="NAME=VALUE", help="options of the method; -o help")
-    add("--act", default="all", choices=["all", "answer"], help="on all tokens, or on the answer alone")
+    acts = parser.add_mutually_exclusive_group()
+    acts.add_argument("--act", default="all", choices=["all", "answer"], help="on all tokens, or on the answer alone")
+    acts.add_argument("--hide-instruction", dest="act", action="store_const", const="hidden",
+                      help="input and answer see soft tokens in place of the instruction")  # fmt: skip
+    add("--distill", type=at_least(0.0, 1.0), nargs="?", const=1.0, default=0.0, metavar="SHARE",
+        help="learn from the frozen model that sees the hidden instruction (share of the loss; default 1)")  # fmt: skip
     add("--keep-reads", type=at_least(0.0), default=2.0, metavar="GB", help="memory for prompts that are read once")
     add("--out", help="folder of the run (default: out/METHOD)")
     add("--warm-start", metavar="RUN", help="begin with what another run of the method has trained (its best.pt)")
@@ -78,10 +81,13 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--checkpoint", action="store_true", help="recompute activations in the backward pass: less memory")
     add("--shard", action="store_true", help="under torchrun: spread the frozen weights over the processes")
     args = parser.parse_args(argv)
+    args.method = args.method or ("summary" if args.act == "hidden" else "iapt")
     args.o = spell_out(args.method, args.o, args.act)  # a wrong option is found before anything is opened
     args.out = args.out or os.path.join("out", args.method)
     if args.scratch and args.method != "full":
         parser.error(f"--scratch leaves nothing frozen for {args.method} to tune: add --method full")
+    if args.distill and args.act != "hidden":
+        parser.error("--distill learns from the model that sees the instruction: it goes with --hide-instruction")
     if problem := distributed.problem(args):
         parser.error(problem)
     return args
@@ -111,7 +117,8 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
     model.checkpointing = args.checkpoint
     if args.compile:
         compile_parts(model, tuner)
-    reads = keep_reads(model, tuner, examples["train"], args.keep_reads) if tuner.act == "answer" else None
+    reads = keep_reads(model, tuner, examples["train"], args.keep_reads) if tuner.act != "all" else None
+    teacher = Teacher(model, tuner, examples["train"], args.distill, args.keep_reads) if args.distill else None
 
     def save():
         folder.save_last(tuner, meta, optimizer=optimizer.state_dict(), state=state)
@@ -134,7 +141,7 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
 
             # 2. The gradient, summed over micro-batches and processes; if one of them is to stop, all do.
             optimizer.zero_grad()
-            loss, n = add_gradients(model, tuner, batches.batch(step), args.grad_accum, reads)
+            loss, n = add_gradients(model, tuner, batches.batch(step), args.grad_accum, reads, teacher)
             loss, n, stop = distributed.all_reduce_grads(tuner.parameters(), loss, n, guard.stop_requested)
             folder.assert_finite(loss, step, args.lr)
 
@@ -150,7 +157,8 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
             if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
                 row = {"step": step + 1, "loss": sum(state["losses"]) / len(state["losses"])}
                 row["tokens_per_s"] = round(tokens / (time.perf_counter() - clock))
-                row["exact"], row["val"] = evaluate(model, examples["val"], tuner)
+                score = evaluate(model, examples["val"], tuner)
+                row["exact"], row["val"] = score.exact, score.loss(args.distill)
                 bar.set_postfix_str("loss {loss:.3f}, val {val:.3f}, {tokens_per_s:,} tokens/s".format(**row))
                 folder.assert_finite(row["val"], step, args.lr)
                 if row["val"] < state["lowest"]:
@@ -170,48 +178,30 @@ def schedule(step: int, steps: int) -> float:
     return min((step + 1) / max(1, 0.06 * steps), 1 - step / steps)
 
 
-def add_gradients(model: Decoder, tuner: Tuner, batch: Batch, parts: int, reads: Reads | None) -> tuple[float, int]:
+def add_gradients(model: Decoder, tuner: Tuner, batch: Batch, parts: int, *kept: Reads | Teacher | None
+                  ) -> tuple[float, int]:  # fmt: skip
     """Add this process's share of a batch's gradient; return that of the mean loss, and how many tokens it has read."""
     targets_in_batch, loss = (batch.targets >= 0).sum(), 0.0
     batch = distributed.local_rows(batch)
     for micro in map(Batch, *(x.chunk(parts) for x in batch)):
         share = (micro.targets >= 0).sum() / targets_in_batch  # the loss is the mean over this micro-batch
-        part = batch_loss(model, tuner, micro, reads) * share
+        part = batch_loss(model, tuner, micro, *kept) * share
         part.backward()
         loss += part.item()
-    return loss, (batch.instr | (batch.targets >= 0)).sum().item()
+    return loss, (batch.targets >= 0).flip(1).cummax(1).values.sum().item()
 
 
-def batch_loss(model: Decoder, tuner: Tuner, batch: Batch, reads: Reads | None) -> Tensor:
-    """Mean cross-entropy of a batch's responses, in nats per token; reads: its prompts, if they have been read."""
-    idx, targets, instr = batch
-    cache, n = reads and reads(idx, instr), int((targets >= 0).sum(1).max())
-    return head_loss(model, model.hidden(idx, instr, tuner, cache, n), targets)
+def batch_loss(
+    model: Decoder, tuner: Tuner, batch: Batch, reads: Reads | None = None, teacher: Teacher | None = None
+) -> Tensor:
+    """Mean loss of a batch's responses, in nats per token; reads: its prompts, if they have been read."""
+    x = model.hidden(batch.idx, batch.instr, tuner, reads and reads(batch), batch.used())
+    if teacher is None:
+        return head_loss(model, x, batch.targets)
+    return head_loss(model, x, batch.targets, teacher(batch), teacher.share)
 
 
 # -- A run -------------------------------------------------------------------------------------------------------------
-
-
-class Session(NamedTuple):
-    """What a run works on."""
-
-    model: Decoder
-    tokenizer: Tokenizer
-    template: Template
-    rows: dict[str, list[dict]]  # by split
-    examples: dict[str, list[Example]]  # the same as token ids
-    tests: list[str]  # the splits to test on
-    labels: list[str]  # the label words, if the outputs are a few classes
-    block_size: int
-
-    def scores(self, tuner: Tuner | None = None) -> dict[str, Score]:
-        """Scores of all test sets, with accuracy in place of exact match where the outputs are classes."""
-        scores = {name: evaluate(self.model, self.examples[name], tuner) for name in self.tests}
-        if self.labels:
-            for name, score in scores.items():
-                rows = self.rows[name], self.examples[name], self.labels
-                scores[name] = score._replace(exact=accuracy(self.model, self.tokenizer, *rows, tuner, self.template))
-        return scores
 
 
 def open_session(args: Namespace, device: str, dtype: torch.dtype) -> Session:
@@ -227,7 +217,10 @@ def open_session(args: Namespace, device: str, dtype: torch.dtype) -> Session:
     rows = {name: evenly_spaced(split, limits.get(name, args.test_rows)) for name, split in rows.items()}
     if 0 < args.train_rows < len(rows["train"]):
         rows["train"] = random.Random(args.seed).sample(rows["train"], args.train_rows)
-    examples = {name: encode(split, tokenizer, block_size, args.truncate, template) for name, split in rows.items()}
+    hide = args.act == "hidden"
+    examples = {
+        name: encode(split, tokenizer, block_size, args.truncate, template, hide) for name, split in rows.items()
+    }
     tests = [name for name in rows if name.startswith("test")]
     return Session(model, tokenizer, template, rows, examples, tests, labels, block_size)
 
@@ -263,8 +256,10 @@ def main(argv: list[str] | None = None) -> dict:
     folder.lock()
 
     shown = [row for name in session.tests for row in evenly_spaced(rows[name], 2)][:6]
-    before = session.scores()
-    answers_before = answer(model, tokenizer, shown, truncate=args.truncate, template=template)
+    scores = {"frozen alone": session.scores()}
+    if args.act == "hidden":
+        scores["frozen, blind"] = session.scores(BLIND)
+    answers = {"frozen alone": answer(model, tokenizer, shown, truncate=args.truncate, template=template)}
 
     tuner.attach(model)
     sizes = {id(p): p.numel() for p in (*model.parameters(), *tuner.parameters())}
@@ -277,11 +272,12 @@ def main(argv: list[str] | None = None) -> dict:
     best = train(model, tuner, session.examples, args, meta)
 
     load_into(tuner, best, folder.best)
-    after = session.scores(tuner)
-    answers_after = answer(model, tokenizer, shown, tuner, truncate=args.truncate, template=template)
-    metric, counts = "accuracy" if session.labels else "exact match", {name: len(rows[name]) for name in before}
-    print("", *score_table(before, after, counts, args.method, metric), sep="\n")
-    print("", *before_and_after(shown, answers_before, answers_after, args.method), sep="\n")
+    name = f"with {args.method}"
+    scores[name] = session.scores(tuner)
+    answers[name] = answer(model, tokenizer, shown, tuner, truncate=args.truncate, template=template)
+    metric, counts = "accuracy" if session.labels else "exact match", {name: len(rows[name]) for name in session.tests}
+    print("", *score_table(scores, counts, metric), sep="\n")
+    print("", *before_and_after(shown, answers), sep="\n")
     size = f"step {best['step']}, {os.path.getsize(folder.best) / 1000:,.0f} kB"
     print(f"saved {folder.best}: what was trained, nothing frozen ({size})")
     if args.scratch:
@@ -293,7 +289,7 @@ def main(argv: list[str] | None = None) -> dict:
         about = ["--input", shown[0]["input"]] if shown[0].get("input") else []
         print("try it:", shlex.join(["python", "sample.py", args.out, shown[0]["instruction"], *about]))
     distributed.shutdown()
-    return {"before": before, "after": after, "path": folder.best}
+    return {"before": scores["frozen alone"], "after": scores[name], "path": folder.best}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import get_args
 
+from baselines.hidden import Summary
 from baselines.hooks import IA3, Adapter, Full, LoRA
 from baselines.prompts import CaPT, Constants, Dynamic, Mine, PrefixTuning, PromptTuning, PTuning2
 from iapt import IAPT, PaperIAPT
@@ -19,6 +20,7 @@ from plumbing.cli import UsageError
 
 METHODS = {
     "iapt": IAPT,
+    "summary": Summary,
     "paper-iapt": PaperIAPT,
     "constants": Constants,
     "ptuning2": PTuning2,
@@ -51,7 +53,8 @@ def method(name: str, act: str = "all") -> type[Tuner]:
         raise UsageError(f"no method {name!r}. There are: {', '.join(METHODS)}")
     if act not in METHODS[name].acts:
         able = ", ".join(other for other, cls in METHODS.items() if act in cls.acts)
-        raise UsageError(f"{name} acts on the whole prompt: --act {act} is for {able}")
+        option = "--hide-instruction" if act == "hidden" else f"--act {act}"
+        raise UsageError(f"{name} acts on the whole prompt: {option} is for {able}")
     return METHODS[name]
 
 

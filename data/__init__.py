@@ -32,17 +32,25 @@ class Example(NamedTuple):
 
     prompt: list[int]
     response: list[int]
+    hidden: int = 0  # tokens of the prompt, its instruction, that only generators see; 0: all of it is visible
 
 
 class Batch(NamedTuple):
     """What a training step reads: three tensors (B, T).
 
-    targets[b, t] is the token after idx[b, t] if it belongs to the response, else -1.  instr is True on the prompt.
+    targets[b, t] is the token after idx[b, t] if it belongs to the response, else -1.  instr is True on what generators
+    read: the prompt, or of a row with a hidden instruction that one alone.
     """
 
     idx: Tensor
     targets: Tensor
     instr: Tensor
+
+    def used(self) -> int:
+        """How many tokens of a row there are, at most, from the last that generators read to the last with a target."""
+        places = torch.arange(self.idx.shape[1], device=self.idx.device)
+        last = torch.where(self.targets >= 0, places, 0).amax(1)
+        return max(1, int((last - self.instr.sum(1)).max()) + 2)
 
 
 # -- Rows --------------------------------------------------------------------------------------------------------------
@@ -76,9 +84,10 @@ def evenly_spaced(rows: list, n: int) -> list:
 
 
 def encode(
-    rows: list[dict], tokenizer: Tokenizer, block_size: int, truncate: bool = False, template: Template = PLAIN
-) -> list[Example]:
-    """Token ids of rows.
+    rows: list[dict], tokenizer: Tokenizer, block_size: int, truncate: bool = False, template: Template = PLAIN,
+    hide: bool = False,
+) -> list[Example]:  # fmt: skip
+    """Token ids of rows; hide: their instructions are to be hidden.
 
     A row longer than block_size raises ValueError.  With truncate, the response is cut to what the prompt leaves of the
     block, or to half of it, and then the prompt is shortened.
@@ -86,20 +95,22 @@ def encode(
     examples = []
     for i, row in enumerate(rows, 1):
         try:
-            prompt = template.prompt_ids(row, tokenizer)
+            first, rest = template.split_ids(row, tokenizer) if hide else ([], template.prompt_ids(row, tokenizer))
+            prompt = first + rest
             response = template.response_ids(row, tokenizer)
         except ValueError as e:
             raise ValueError(f"row {i}: {e}: {row}"[:300]) from None
         size = len(prompt) + len(response)
         if size > block_size:
-            if not truncate:
-                too_long = f"row {i} has {size} tokens, the model takes {block_size} (--truncate cuts such rows)"
+            if not truncate or hide:
+                cut = "" if hide else " (--truncate cuts such rows)"
+                too_long = f"row {i} has {size} tokens, the model takes {block_size}{cut}"
                 raise ValueError(f"{too_long}: {row}"[:300])
             response = response[: block_size - min(len(prompt), block_size - block_size // 2)]
             prompt = shorten(prompt, block_size - len(response), tokenizer, template)
-        examples.append(Example(prompt, response))
+        examples.append(Example(prompt, response, len(first)))
     unknown = getattr(tokenizer.engine, "unknown", None)  # of one that has no bytes to fall back on
-    lost = [row for row, example in zip(rows, examples) if unknown is not None and any(unknown in x for x in example)]
+    lost = [row for row, e in zip(rows, examples) if unknown is not None and unknown in e.prompt + e.response]
     if lost:
         warn(f"{len(lost)} of {len(rows)} rows have characters that the tokenizer lacks. The first: {lost[0]}"[:300])
     return examples
@@ -118,17 +129,17 @@ def shorten(prompt: list[int], room: int, tokenizer: Tokenizer, template: Templa
 
 def collate(examples: list[Example], block_size: int, device: str | torch.device = "cpu", multiple: int = 16) -> Batch:
     """A batch of examples, padded on the right to a multiple of `multiple` (or to block_size), so that shapes recur."""
-    T = max(len(prompt) + len(response) for prompt, response in examples) - 1
+    T = max(len(e.prompt) + len(e.response) for e in examples) - 1
     T = min(-(-T // multiple) * multiple, block_size)
     idx = torch.zeros(len(examples), T, dtype=torch.long)
     targets = torch.full_like(idx, -1)
     instr = torch.zeros_like(idx, dtype=torch.bool)
-    for b, (prompt, response) in enumerate(examples):
+    for b, (prompt, response, hidden) in enumerate(examples):
         ids = torch.tensor(prompt + response)
         n = len(ids) - 1
         idx[b, :n] = ids[:-1]
         targets[b, max(len(prompt) - 1, 0) : n] = ids[max(len(prompt), 1) :]
-        instr[b, : len(prompt)] = True
+        instr[b, : hidden or len(prompt)] = True
     return Batch(idx.to(device), targets.to(device), instr.to(device))
 
 
@@ -166,7 +177,7 @@ class Batches:
 
     def _order(self, rng: random.Random) -> list[list[int]]:
         order = rng.sample(range(len(self.examples)), len(self.examples))
-        length = lambda j: sum(map(len, self.examples[j]))
+        length = lambda j: sum(map(len, self.examples[j][:2]))
         stretch = 16 * self.size
         order = [j for s in range(0, len(order), stretch) for j in sorted(order[s : s + stretch], key=length)]
         chunks = [order[s : s + self.size] for s in range(0, len(order) - self.size + 1, self.size)]

@@ -168,9 +168,9 @@ def describe(splits: dict, tokenizer: Tokenizer, room: int, model: str, layout: 
     total = 0
     for split, rows in splits.items():
         examples = encode(tqdm(rows, split, leave=False), tokenizer, sys.maxsize, template=layout)
-        too_long = sum(len(prompt) + len(response) > room for prompt, response in examples)
+        too_long = sum(len(e.prompt) + len(e.response) > room for e in examples)
         total += too_long
-        lengths = [[len(ids) for ids in column] for column in zip(*examples)]
+        lengths = [[len(ids) for ids in column] for column in list(zip(*examples))[:2]]
         cells = [f"{statistics.median_low(column):,} (to {max(column):,})" for column in lengths]
         yield f"{split:12} {len(rows):8,} {cells[0]:>14} {cells[1]:>14} {too_long:10,}"
     yield f"Median and longest, in tokens of {model}, which takes {room:,}."
@@ -182,7 +182,7 @@ def describe(splits: dict, tokenizer: Tokenizer, room: int, model: str, layout: 
 
 def show(row: dict, tokenizer: Tokenizer, layout: Template = PLAIN) -> str:
     """A row as a model reads it, with the tokens that are learned in brackets."""
-    ((prompt, response),) = encode([row], tokenizer, sys.maxsize, template=layout)
+    ((prompt, response, _),) = encode([row], tokenizer, sys.maxsize, template=layout)
     text = template(row) if layout is PLAIN else tokenizer.decode(prompt)
     return text + "".join(f"[{tokenizer.decode([i])}]" for i in response)
 

@@ -12,43 +12,67 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import PLAIN, Example, Template, Tokenizer, collate, shorten, template
+from data.reads import seen
 from model import Decoder, Tuner
+
+BLIND = Tuner()  # the frozen model where an instruction is hidden, and nothing stands in its place
+BLIND.act = "hidden"
 
 
 class Score(NamedTuple):
-    """Of a test set: the share of rows answered exactly (or given the right label), and the loss per response token."""
+    """Of a test set: the share of rows answered exactly (or given the right label), and the loss per response token.
+
+    kl: the divergence from the frozen model that sees the instruction, in nats per response token, where it is hidden.
+    """
 
     exact: float
     nats: float
+    kl: float = 0.0
+
+    def loss(self, distill: float) -> float:
+        """What `train.py --distill` makes smaller."""
+        return distill * self.kl + (1 - distill) * self.nats
+
+
+class RowScores(NamedTuple):
+    """Of each of N examples (N,): nats, divergence, and how many tokens of its response are not the likeliest."""
+
+    nats: Tensor
+    wrong: Tensor
+    kl: Tensor
 
 
 def evaluate(model: Decoder, examples: list[Example], tuner: Tuner | None = None) -> Score:
-    """Exact match and nats per response token."""
-    nats, wrong = score_examples(model, examples, tuner)
-    tokens = sum(len(response) for _, response in examples)
-    return Score((wrong == 0).double().mean().item(), nats.sum().item() / tokens)
+    """Exact match, and nats and divergence per response token."""
+    nats, wrong, kl = score_examples(model, examples, tuner)
+    tokens = sum(len(e.response) for e in examples)
+    return Score((wrong == 0).double().mean().item(), nats.sum().item() / tokens, kl.sum().item() / tokens)
 
 
 @torch.no_grad()
-def score_examples(
-    model: Decoder, examples: list[Example], tuner: Tuner | None = None, size: int = 64
-) -> tuple[Tensor, Tensor]:
-    """Of each of N examples, the nats of its response, and how many of its tokens are not the likeliest: (N,), (N,)."""
+def score_examples(model: Decoder, examples: list[Example], tuner: Tuner | None = None, size: int = 64) -> RowScores:
+    """Score the responses of N examples, each given its prompt."""
     if tuner is not None:
         tuner.eval()
-    nats = torch.zeros(len(examples), dtype=torch.double)
+    hide, device = tuner is not None and tuner.act == "hidden", model.wte.weight.device
+    nats, kl = torch.zeros(2, len(examples), dtype=torch.double)
     wrong = torch.zeros(len(examples), dtype=torch.long)
-    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i])))
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt) + len(examples[i].response))
     for rows in (torch.tensor(order[i : i + size]) for i in range(0, len(order), size)):
-        idx, targets, instr = collate([examples[i] for i in rows], model.config.block_size, model.wte.weight.device)
-        has_target = targets >= 0
-        hidden = model.hidden(idx, instr, tuner, n=int(has_target.sum(1).max()))[has_target]
-        parts = zip(hidden.split(1024), targets[has_target].split(1024), has_target.nonzero()[:, 0].split(1024))
-        for x, target, row in parts:  # never all logits at once: they can be larger than everything else
+        batch = collate([examples[i] for i in rows], model.config.block_size, device)
+        has_target = batch.targets >= 0
+        hidden = model.hidden(batch.idx, batch.instr, tuner, n=batch.used())[has_target]
+        seeing = seen(model, batch.idx, tuner)[has_target] if hide else hidden
+        parts = zip(hidden.split(1024), seeing.split(1024), batch.targets[has_target].split(1024),
+                    has_target.nonzero()[:, 0].split(1024))  # fmt: skip
+        for x, taught, target, row in parts:  # never all logits at once: they can be larger than everything else
             logits, row = model.head(x).float(), rows[row.cpu()]
             nats.index_add_(0, row, F.cross_entropy(logits, target, reduction="none").cpu().double())
             wrong.index_add_(0, row, (logits.argmax(-1) != target).long().cpu())
-    return nats, wrong
+            if hide:
+                log_q, log_p = logits.log_softmax(-1), model.head(taught).float().log_softmax(-1)
+                kl.index_add_(0, row, F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1).cpu().double())
+    return RowScores(nats, wrong, kl)
 
 
 def accuracy(
@@ -61,30 +85,57 @@ def accuracy(
     """
     words = [layout.response_ids({**rows[0], "output": word}, tokenizer) for word in labels]
     room = model.config.block_size - max(map(len, words))
-    prompts = [shorten(prompt, room, tokenizer, layout) for prompt, _ in examples]
-    nats, _ = score_examples(model, [Example(prompt, word) for prompt in prompts for word in words], tuner)
+    prompts = [(e.prompt if e.hidden else shorten(e.prompt, room, tokenizer, layout), e.hidden) for e in examples]
+    nats = score_examples(model, [Example(ids, word, n) for ids, n in prompts for word in words], tuner).nats
     best = nats.view(len(prompts), -1).argmin(1).tolist()
     return sum(labels[i] == row["output"].strip() for i, row in zip(best, rows)) / len(rows)
 
 
-def score_table(before: dict, after: dict, counts: dict, method: str, metric: str) -> Iterator[str]:
-    """{test set: Score} before and after training as lines of text.
+class Session(NamedTuple):
+    """What a run works on."""
 
-    Exact match is left out where answers are so long that there is none.
+    model: Decoder
+    tokenizer: Tokenizer
+    template: Template
+    rows: dict[str, list[dict]]  # by split
+    examples: dict[str, list[Example]]  # the same as token ids
+    tests: list[str]  # the splits to test on
+    labels: list[str]  # the label words, if the outputs are a few classes
+    block_size: int
+
+    def scores(self, tuner: Tuner | None = None) -> dict[str, Score]:
+        """Scores of all test sets, with accuracy in place of exact match where the outputs are classes."""
+        scores = {name: evaluate(self.model, self.examples[name], tuner) for name in self.tests}
+        if self.labels:
+            for name, score in scores.items():
+                rows = self.rows[name], self.examples[name], self.labels
+                scores[name] = score._replace(exact=accuracy(self.model, self.tokenizer, *rows, tuner, self.template))
+        return scores
+
+
+def score_table(columns: dict[str, dict[str, Score]], counts: dict[str, int], metric: str) -> Iterator[str]:
+    """{column: {test set: Score}} as lines of text.
+
+    Exact match is left out where answers are so long that there is none; the divergence, where nothing is hidden.
     """
-    width = max(map(len, before))
-    short = any(score.exact for score in (*before.values(), *after.values()))
-    yield f"{'':{width}}  {'rows':>6}  {'frozen alone':>20}  {'with ' + method:>20}"
-    yield f"{'':{width}}  {'':>6}" + f"  {metric if short else '':>11}{'nats/token':>11}" * 2
-    for name in before:
-        cells = [f"{s.exact:11.1%}{s.nats:11.3f}" if short else f"{s.nats:22.3f}" for s in (before[name], after[name])]
-        yield f"{name:{width}}  {counts[name]:6,}  {cells[0]}  {cells[1]}"
+    width, scores = max(map(len, counts)), [score for column in columns.values() for score in column.values()]
+    shown, formats = (
+        {"exact": metric, "nats": "nats/token", "kl": "divergence"},
+        {"exact": ".1%", "nats": ".3f", "kl": ".3f"},
+    )
+    shown = {field: head for field, head in shown.items() if any(getattr(score, field) for score in scores)}
+    wide = max(11 * len(shown), 2 + max(map(len, columns)))
+    yield f"{'':{width}}  {'rows':>6}" + "".join(f"{name:>{wide}}" for name in columns)
+    yield f"{'':{width}}  {'':>6}" + "".join(f"{head:>11}" for head in shown.values()).rjust(wide) * len(columns)
+    for name, rows in counts.items():
+        cells = [[f"{getattr(column[name], f):11{formats[f]}}" for f in shown] for column in columns.values()]
+        yield f"{name:{width}}  {rows:6,}" + "".join("".join(cell).rjust(wide) for cell in cells)
 
 
-def before_and_after(rows: list[dict], before: list[str], after: list[str], method: str) -> Iterator[str]:
-    """What was asked, what either model answers, and what was wanted, as lines of text."""
-    for row, *answers in zip(rows, before, after):
+def before_and_after(rows: list[dict], answers: dict[str, list[str]]) -> Iterator[str]:
+    """What was asked, what the models of these names answer, and what was wanted, as lines of text."""
+    for i, row in enumerate(rows):
         yield "    ".join(template(row).strip().splitlines()).removesuffix("Response:").strip()
-        for name, text in zip(("frozen alone", f"with {method}", "wanted"), (*answers, row["output"])):
+        for name, text in {**{name: texts[i] for name, texts in answers.items()}, "wanted": row["output"]}.items():
             yield f"    {name:15s} {' '.join(text.split())[:160]}"
         yield ""

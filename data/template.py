@@ -39,6 +39,21 @@ class Template:
         """Ids of what is read: everything before the answer."""
         return tokenizer.prompt(template(row))
 
+    def split_ids(self, row: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        """`prompt_ids` in two parts, the instruction and what follows it.  The first does not depend on the second.
+
+        Raises ValueError for a row without an input: nothing would follow.
+        """
+        if "instruction" not in row or not row.get("input", "").strip():
+            raise ValueError("no input: behind a hidden instruction there would be nothing to answer")
+        first, rest = self._halves(row, tokenizer)
+        whole = self.prompt_ids(row, tokenizer)
+        return first, whole[len(first) :] if whole[: len(first)] == first else rest
+
+    def _halves(self, row: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        text, rest = template(row), f"Input: {row['input']}\nResponse:"
+        return tokenizer.prompt(text.removesuffix(rest)), tokenizer.encode(rest)
+
     def response_ids(self, row: dict, tokenizer: Tokenizer) -> list[int]:
         """Ids of what is learned: the row's output, and the id that ends it."""
         return tokenizer.encode(SEPARATOR + row["output"].rstrip()) + [self.end_id(tokenizer)] * row.get("end", True)
@@ -89,9 +104,20 @@ class ChatTemplate(Template):
     def prompt_ids(self, row: dict, tokenizer: Tokenizer) -> list[int]:
         if "instruction" not in row:  # plain text
             return super().prompt_ids(row, tokenizer)
+        return tokenizer.encode_chat(self._prompt(row, tokenizer))
+
+    def _prompt(self, row: dict, tokenizer: Tokenizer) -> str:
         request = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
         turns = row.get("history", []) + [{"role": "user", "content": request}] * bool(request)
-        return tokenizer.encode_chat(self._render(turns, True, tokenizer))
+        return self._render(turns, True, tokenizer)
+
+    def _halves(self, row: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        text, about = self._prompt(row, tokenizer), tokenizer.protect(row["input"]).rstrip()
+        body = text.removesuffix(self.tail).rstrip()
+        if not body.endswith(about):
+            raise ValueError("the model's chat template does not end with the input: it cannot follow an instruction")
+        cut = len(body) - len(about)
+        return tokenizer.encode_chat(text[:cut]), tokenizer.encode_chat(text[cut:])
 
     def response_ids(self, row: dict, tokenizer: Tokenizer) -> list[int]:
         if "instruction" not in row:

@@ -81,11 +81,11 @@ def mean_output(tuner: Tuner, model: Decoder, examples: list[Example]):
     rows = dict.fromkeys(sums, 0)
 
     def collect(g, inputs, out):
-        sums[g] = sums[g] + out.sum(0)
-        rows[g] += len(out)
+        sums[g] = sums[g] + out[1].sum(0)
+        rows[g] += len(out[1])
 
     def replace(g, inputs, out):
-        return (sums[g] / rows[g]).expand_as(out)
+        return out[0], (sums[g] / rows[g]).expand_as(out[1])
 
     with contextlib.ExitStack() as hooks:
         for g in tuner.generators:

@@ -296,7 +296,7 @@ def our_step(model: Decoder, tuner: Tuner, idx: Tensor, answer: int = 0, kept: b
     """A step of train.py's loss; kept: prompts have been read before."""
     targets, instr = targets_of(idx, answer)
     batch = Batch(idx, targets, instr)
-    reads = Reads(model, tuner, [ids[here].tolist() for ids, here in zip(idx, instr)]) if kept else None
+    reads = Reads(model, tuner) if kept else None
 
     return TrainingStep(tuner, lambda: batch_loss(model, tuner, batch, reads), model)
 

@@ -175,9 +175,10 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
         if session.tokenizer.vocab_size > 5000:  # tiny's model has never seen English
             sets["plain"] = plain_examples(session.tokenizer)
         for name, examples in sets.items():
-            nats, wrong = score_examples(model, examples, tuner)
+            nats, wrong, kl = score_examples(model, examples, tuner)
             arrays |= {f"{name}/nats": nats.float().numpy(), f"{name}/wrong": wrong.numpy().astype(np.int32)}
-            arrays[f"{name}/tokens"] = np.array([len(response) for _, response in examples], np.int32)
+            arrays |= {f"{name}/kl": kl.float().numpy()} if kl.any() else {}
+            arrays[f"{name}/tokens"] = np.array([len(e.response) for e in examples], np.int32)
             arrays[f"{name}/family"] = np.array([p3.family(row.get("task", "")) for row in session.rows.get(name, [])])
         if len(getattr(tuner, "generators", ())):
             controls = {
@@ -187,7 +188,7 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
             for control, context in controls.items():
                 with context:
                     for name in session.tests:
-                        arrays[f"{name}/{control}"] = score_examples(model, sets[name], tuner)[0].float().numpy()
+                        arrays[f"{name}/{control}"] = score_examples(model, sets[name], tuner).nats.float().numpy()
     os.makedirs(folder, exist_ok=True)
     with replacing(path, "wb") as f:
         np.savez_compressed(f, **arrays)

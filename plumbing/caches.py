@@ -71,7 +71,7 @@ def change_rows(cache: Cache, change: Callable[[Tensor], Tensor]):
 def read_prefix(model: Decoder, ids: list[int], rows: int) -> Cache:
     """What `rows` prompts begin with, read once, for `prefill(..., past=...)`: which leaves it as it is."""
     idx = torch.tensor([ids], device=model.wte.weight.device)
-    cache = model.read(idx, torch.tensor([len(ids) + 1], device=idx.device))
+    cache = model.read(idx, torch.tensor([len(ids)], device=idx.device), whole=True)
     change_rows(cache, lambda x: x.expand(rows, *x.shape[1:]))
     return cache
 

@@ -62,7 +62,8 @@ def load_checkpoint(path: str) -> dict:
                 raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
         meta = content["meta"]
-        meta.setdefault("act", "all")  # which is what runs did before there was a choice
+        for key, value in {"act": "all", "distill": 0.0}.items():  # which is what runs did before there was a choice
+            meta.setdefault(key, value)
         tensors = content["tuner"]
         texts = [meta["method"], meta["init"], meta["base"], *meta["options"], *tensors]
         if not all(isinstance(text, str) for text in texts) or not all(map(torch.is_tensor, tensors.values())):

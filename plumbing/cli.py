@@ -40,13 +40,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help shows the options)\n")
 
 
-def at_least(least: int | float) -> Callable[[str], int | float]:
-    """The type of an option that is a finite number of the type of `least`, not below it."""
+def at_least(least: int | float, most: float = 2**40) -> Callable[[str], int | float]:
+    """The type of an option that is a finite number of the type of `least`, not below it nor above `most`."""
 
     def parse(text: str) -> int | float:
         value = type(least)(text)
-        if not least <= value < 2**40:  # nor nan; a seed is multiplied by a million
-            raise argparse.ArgumentTypeError(f"must be from {least} to 2^40, got {text}")
+        if not least <= value <= most:  # nor nan; a seed is multiplied by a million
+            raise argparse.ArgumentTypeError(f"must be from {least} to {'2^40' if most == 2**40 else most}, got {text}")
         return value
 
     parse.__name__ = "whole number" if type(least) is int else "number"  # for argparse's own message

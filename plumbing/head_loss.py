@@ -13,33 +13,48 @@ from torch import Tensor
 from model import Decoder
 
 
-def head_loss(model: Decoder, x: Tensor, targets: Tensor) -> Tensor:
-    """`model.loss(x, targets)`, computed by HeadLoss where the head is frozen."""
-    if model.head.weight.requires_grad or not x.requires_grad:
+def head_loss(
+    model: Decoder, x: Tensor, targets: Tensor, teacher: Tensor | None = None, distill: float = 1.0
+) -> Tensor:
+    """`model.loss(x, targets)`, computed by HeadLoss where the head is frozen.
+
+    Given the last states of a teacher (N, C), of the N tokens that have a target, it is the mean of
+
+        distill KL(teacher || model) + (1 - distill) cross-entropy
+    """
+    if teacher is None and (model.head.weight.requires_grad or not x.requires_grad):
         return model.loss(x, targets)
-    return HeadLoss.apply(x[targets >= 0], model.head.weight, targets[targets >= 0])[0]
+    return HeadLoss.apply(x[targets >= 0], model.head.weight, targets[targets >= 0], teacher, distill)[0]
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy, in nats, of logits x W^T (N, V) against targets (N,), for a frozen W.
+    """Mean loss, in nats, of logits x W^T (N, V) against targets (N,), and a teacher's logits, for a frozen W.
 
-    The gradient with respect to x, (softmax - one-hot) W / N, is computed with the loss, in one table of LOGITS logits.
+    The gradient with respect to x, (softmax - wanted) W / N, is computed with the loss, in one table of LOGITS logits.
+    Wanted is one-hot; with a teacher, distill times its softmax and 1 - distill times one-hot.
     """
 
     LOGITS = 2**24
 
     @staticmethod
-    def forward(x, weight, targets):
+    def forward(x, weight, targets, teacher, distill):
         loss, dx = x.new_zeros((), dtype=torch.float32), torch.empty_like(x)
         N, rows = max(1, len(x)), max(1, HeadLoss.LOGITS // len(weight))
-        for x_part, t, dx_part in zip(x.split(rows), targets[:, None].split(rows), dx.split(rows)):
-            logits = F.linear(x_part, weight).float()
+        hard = 1.0 if teacher is None else 1 - distill  # the share of the targets
+        for i in range(0, len(x), rows):
+            logits, t = F.linear(x[i : i + rows], weight).float(), targets[i : i + rows, None]
             logits -= logits.amax(1, keepdim=True)
-            loss -= logits.gather(1, t).sum()
+            loss -= hard * logits.gather(1, t).sum()
+            if teacher is not None:
+                log_p = F.linear(teacher[i : i + rows], weight).float().log_softmax(1)
+                p = log_p.exp()
+                loss += distill * (p * (log_p - logits)).sum()
             total = logits.exp_().sum(1, keepdim=True)
             loss += total.log().sum()
-            logits.div_(total).scatter_add_(1, t, -torch.ones_like(total)).div_(N)  # softmax - one-hot
-            torch.mm(logits.to(weight.dtype), weight, out=dx_part)
+            logits.div_(total).scatter_add_(1, t, torch.full_like(t, -hard, dtype=torch.float32))  # softmax - wanted
+            if teacher is not None:
+                logits -= distill * p
+            torch.mm(logits.div_(N).to(weight.dtype), weight, out=dx[i : i + rows])
         return loss / N, dx
 
     @staticmethod
@@ -49,4 +64,4 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _):
-        return ctx.saved_tensors[0] * g, None, None
+        return ctx.saved_tensors[0] * g, None, None, None, None

@@ -140,9 +140,11 @@ def test_the_temperature_of_the_draws_falls_from_one_to_a_half():
 
 @pytest.mark.parametrize("method", ["prompt", "dynamic", "full"])
 def test_a_method_that_cannot_act_on_the_answer_alone_says_so_and_which_can(model, method):
-    able = "iapt, paper-iapt, constants, ptuning2, prefix, capt, lora, ia3, adapter, mine"
+    able = "iapt, summary, paper-iapt, constants, ptuning2, prefix, capt, lora, ia3, adapter, mine"
     with pytest.raises(UsageError, match=f"{method} acts on the whole prompt: --act answer is for {able}"):
         build(method, model.config, act="answer")
+    with pytest.raises(UsageError, match=f"{method} acts on the whole prompt: --hide-instruction is for {able}"):
+        build(method, model.config, act="hidden")
 
 
 @pytest.mark.parametrize("method", ["mine", "capt"])

@@ -175,7 +175,7 @@ def test_line_3_q_is_the_normed_readings():
 def test_line_4_s_is_the_activation_of_q_times_w_up():
     g, (H, instr), seen = generator(), hidden_states(), []
     g.R.register_forward_hook(lambda _, inputs, out: seen.append(out))
-    S = g(H, instr)
+    _, S = g(H, instr)
     torch.testing.assert_close(S, seen[0] @ g.W_up)
     assert S.shape == (2, 4, 16) and S.dtype == torch.float32
 
@@ -268,7 +268,7 @@ def test_training_starts_as_the_frozen_model(model):
 def test_what_is_generated_for_a_soft_token_is_added_to_each_of_its_values_and_to_no_key(model):
     tuner = shake(IAPT(model.config, P=2, repeat=3))
     x, instr = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool)
-    generated = tuner.generators[1](x, instr)
+    _, generated = tuner.generators[1](x, instr)
     assert generated.shape[1] == 2 and not torch.allclose(generated[:, 0], generated[:, 1])
     soft, heads = tuner.kv(model.h[1], 1, x, instr), model.h[1].attn.heads
     torch.testing.assert_close(soft.v, heads(tuner.values[1] + torch.cat([generated] * 3, 1)))

@@ -54,7 +54,7 @@ def test_the_loss_keeps_no_logits():
     model = small_model("gpt2", vocab_size=5000)
     x, kept = torch.randn(300, 32, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        HeadLoss.apply(x, model.head.weight, torch.randint(5000, (300,)))
+        HeadLoss.apply(x, model.head.weight, torch.randint(5000, (300,)), None, 0.0)
     assert kept == [300 * 32]
 
 
@@ -311,7 +311,7 @@ def test_what_cannot_be_generated_is_refused_with_the_numbers(model):
         model(torch.ones(1, 70, dtype=torch.long))
     with pytest.raises(ValueError, match="at most 64 tokens, got 70"):
         model.prefill(torch.ones(1, 70, dtype=torch.long), torch.tensor([70]), small_tuner("iapt", model, act="answer"))
-    with pytest.raises(ValueError, match="cannot go on from what the frozen model has read"):
+    with pytest.raises(ValueError, match="only a tuner that acts on the answer alone can go on"):
         prefill(model, [[1]], small_tuner("iapt", model), 1, read_prefix(model, [1, 2], 1))
     with pytest.raises(ValueError, match="60 tokens and 10 new"):
         generate(model, [[1] * 60], max_new=10)

@@ -155,7 +155,9 @@ def test_what_all_prompts_begin_with_is_read_once_and_nothing_changes(model, sam
     start = torch.randint(1, 50, (same,)).tolist()
     prompts = [start + torch.randint(1, 50, (i % 4,)).tolist() for i in range(6)]
     read, rows = model.read, []
-    monkeypatch.setattr(model, "read", lambda idx, *more: rows.append(tuple(idx.shape)) or read(idx, *more))
+    monkeypatch.setattr(
+        model, "read", lambda idx, *more, **named: rows.append(tuple(idx.shape)) or read(idx, *more, **named)
+    )
     tenants = Tenants(tuners, [*range(5), -1])
     tenants.attach(model)
     together = generate(model, prompts, tenants, max_new=5)

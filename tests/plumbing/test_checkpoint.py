@@ -11,7 +11,7 @@ from model import Config
 from plumbing.checkpoint import LOCKS, RunFolder, load_checkpoint, load_into, save_tuner
 
 CONFIG = Config(vocab_size=20, n_layer=1, n_head=2, n_embd=8)
-META = {"method": "lora", "act": "all", "options": ["r=2"], "init": "tiny", "base": "abc", "seed": 0}
+META = {"method": "lora", "act": "all", "distill": 0.0, "options": ["r=2"], "init": "tiny", "base": "abc", "seed": 0}
 
 
 def tuner(value=0.0):

@@ -213,7 +213,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
 @pytest.mark.parametrize("block_size", [12, 20, 40])
 def test_a_row_that_is_too_long_is_cut_on_request_and_still_asks(tokenizer, block_size):
     rows = [{"instruction": "word " * n, "output": "word " * k} for n in (1, 5, 60) for k in (1, 5, 60)]
-    for row, (prompt, response) in zip(rows, encode(rows, tokenizer, block_size, truncate=True)):
+    for row, (prompt, response, _) in zip(rows, encode(rows, tokenizer, block_size, truncate=True)):
         whole = len(tokenizer.prompt(template(row))) + len(row["output"].split()) + 1
         assert len(prompt) + len(response) == min(whole, block_size) and response
         assert tokenizer.decode(prompt).endswith("Response:") and len(response) >= min(2, block_size // 2)
@@ -222,12 +222,12 @@ def test_a_row_that_is_too_long_is_cut_on_request_and_still_asks(tokenizer, bloc
 
 
 def test_rows_are_never_padded_beyond_what_the_model_takes():
-    assert collate([([1] * 20, [2] * 5)], 64)[0].shape == (1, 32)
-    assert collate([([1] * 20, [2] * 5)], 30)[0].shape == (1, 30)
+    assert collate([Example([1] * 20, [2] * 5)], 64)[0].shape == (1, 32)
+    assert collate([Example([1] * 20, [2] * 5)], 30)[0].shape == (1, 30)
 
 
 def test_fewer_rows_than_a_batch_are_all_of_it():
-    idx, _, _ = Batches([([1, 2], [3]), ([4], [5])], 8, 0, 64).batch(5)
+    idx, _, _ = Batches([Example([1, 2], [3]), Example([4], [5])], 8, 0, 64).batch(5)
     assert len(idx) == 2
 
 

@@ -19,7 +19,9 @@ def examples(lengths=(6, 4, 9, 4)):
 def test_what_is_kept_is_what_is_read(model):
     rows = examples()
     batch = collate(rows, 64)
-    kept = Reads(model, NO_TUNER, [prompt for prompt, _ in rows], size=3)(batch.idx, batch.instr)
+    reads = Reads(model, NO_TUNER)
+    reads(collate(rows[:2], 64))
+    kept = reads(batch)
     length = batch.instr.sum(1)
     read = model.read(batch.idx[:, :9], length)
     assert torch.equal(kept.at, read.at) and torch.equal(kept.pos, read.pos) and torch.equal(kept.instr, read.instr)
@@ -37,7 +39,7 @@ def test_a_step_has_the_same_gradient_whether_prompts_are_read_then_or_before(me
     tuner = small_tuner(method, model, act="answer")
     rows = examples()
     batch = collate(rows, 64)
-    reads = Reads(model, tuner, [prompt for prompt, _ in rows])
+    reads = Reads(model, tuner)
     grads = []
     for kept in (None, reads):
         tuner.zero_grad()

@@ -178,9 +178,9 @@ def test_exact_match_is_what_decoding_gives(rows):
     model, tokenizer, _, (tuner,) = sample.open_runs([SHIPPED])
     tuner.attach(model)
     examples = encode(load_splits(rows)["test_phrasings"][:60], tokenizer, 256)
-    exact = (score_examples(model, examples, tuner, size=7)[1] == 0).double().mean().item()
-    answers = sample.generate(model, [prompt for prompt, _ in examples], tuner, max_new=12, stop=tokenizer.end)
-    right = sum(new + [tokenizer.end] == response for new, (_, response) in zip(answers, examples))
+    exact = (score_examples(model, examples, tuner, size=7).wrong == 0).double().mean().item()
+    answers = sample.generate(model, [e.prompt for e in examples], tuner, max_new=12, stop=tokenizer.end)
+    right = sum(new + [tokenizer.end] == response for new, (_, response, _) in zip(answers, examples))
     assert exact == right / 60 and 0 < exact < 1
 
 
@@ -530,7 +530,7 @@ def test_an_over_long_question_is_one_line(trained):
 @pytest.mark.parametrize(
     "status, script, args, says",
     [
-        (2, train, ["--method", "foo"], "no method 'foo'. There are: iapt, paper-iapt, "),
+        (2, train, ["--method", "foo"], "no method 'foo'. There are: iapt, summary, paper-iapt, "),
         (2, train, ["-o", "p=4"], "iapt has no option 'p'. It has: P=4, m=0, repeat=3, activation=rational"),
         (2, train, ["-o", "P=0"], "iapt's option P must be from 1 to "),
         (2, train, ["-o", "activation=tan"], "option activation can be rational, gelu, relu, identity; got 'tan'"),
