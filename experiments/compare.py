@@ -1,6 +1,6 @@
 """Every method on the same work, at the same number of trained parameters: one command a table.
 
-    python -m experiments.compare tiny                    # tiny, p3, e2e: TABLES below
+    python -m experiments.compare tiny                    # tiny, p3, e2e, hidden: TABLES below
     python -m experiments.compare p3 --jobs 2             # two methods side by side
     python -m experiments.compare p3 --methods iapt,constants,lora-mlp --seeds 5
     python -m experiments.compare p3 --steps 600          # options of train.py go to every run
@@ -60,6 +60,10 @@ TABLES = {  # options of train.py, and how many parameters are trained
     "tiny": ("--steps 800 --eval-every 200", 16_000),
     "p3": (f"{SMOLLM2} --data data/p3 --truncate --block-size 320 --val-rows 0 {STEPS}", 225_000),
     "e2e": (f"{SMOLLM2} --data data/e2e {STEPS}", 225_000),
+    "hidden": (
+        f"{SMOLLM2} --data data/alpaca-input --hide-instruction --distill --steps 100 --batch-size 12 --eval-every 50",
+        440_000,
+    ),
 }
 
 
@@ -89,6 +93,8 @@ ROWS = {
     "full": Row("full"),
     "repeat-1": Row("iapt", "repeat=1", "m"),
     "gelu": Row("iapt", "activation=gelu", "m"),
+    "summary": Row("summary", "", "m"),  # for an instruction that is hidden
+    "summary-12": Row("summary", "P=12", "m"),
 }
 ROWS.update({name: Row(name, "", "m") for name in ABLATIONS})
 RATES = (0.25, 0.5, 1.0, 2.0)
