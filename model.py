@@ -285,7 +285,7 @@ class Cache:
         if soft.joined is not None:
             ours, theirs = (x.kept().expand(len(k), -1, -1, -1) for x in (self.layers[l].joined, soft.joined))
             keep = torch.cat((ours, theirs), -1)
-        self.layers[l] = Context(Soft(*soft.join(k, v), keep), soft.separate)
+        self.layers[l] = Context(Soft(*soft.join(k, v), keep), soft.separate or self.layers[l].separate)
 
 
 class Decoder(nn.Module):

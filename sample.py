@@ -5,7 +5,7 @@
     python sample.py out/iapt < questions.txt                                       # a line each; without: a dialogue
     python sample.py out/iapt "the past of go ?" --explain                          # what each soft token reads
     python sample.py --tenant out/iapt "the past of go ?" --tenant out/lora "the plural of mouse ?"     # one batch
-A run of --hide-instruction reads an instruction once, for all inputs, and can keep what it wrote of it:
+A run of --hide-instruction reads an instruction once for all inputs, and can keep what it wrote:
     python sample.py out/summary "Translate to French." --input cheese --input bread --save french.safetensors
     python sample.py out/summary @french.safetensors "Give the plural." --input apple --input mouse
 
@@ -234,8 +234,6 @@ def parse(argv: list[str] | None = None) -> Namespace:
         args.prompts *= len(args.input)
     if len(args.input) not in (0, 1, len(args.prompts)):
         parser.error(f"{len(args.input)} --input for {len(args.prompts)} instructions: give one for all, or one each")
-    if args.save and (args.tenant or args.frozen or len(set(args.prompts)) != 1):
-        parser.error("--save keeps one instruction of one run: it goes without --tenant and --frozen")
     if args.beams > 1 and args.temperature:
         parser.error("--beams goes without --temperature")
     if not 0 < args.top_p <= 1:
@@ -253,13 +251,16 @@ def main(argv: list[str] | None = None):
     if args.tenant:
         tenant_of_row = [paths.index(path) for path, *prompts in tenants for _ in prompts]
         tuner = Tenants(tuners, tenant_of_row).to(device)
-    if args.explain and not isinstance(tuner, (IAPT, PaperIAPT)):
-        raise UsageError("--explain shows what IAPT's soft tokens read: it wants one run of iapt, and no --frozen")
+    hidden = tuner is not None and tuner.act == "hidden"
+    saved = any(text.startswith("@") and (hidden or os.path.exists(text[1:])) for text in args.prompts)
+    if args.explain and (not isinstance(tuner, (IAPT, PaperIAPT)) or saved):
+        raise UsageError(
+            "--explain shows what IAPT's soft tokens read: it wants one run of iapt, no --frozen, no @FILE"
+        )
     if tuner is not None:
         tuner.attach(model)
-    hidden = tuner is not None and tuner.act == "hidden"
-    if not hidden and (args.save or any(text.startswith("@") and os.path.exists(text[1:]) for text in args.prompts)):
-        raise UsageError("--save and @FILE are for a run of --hide-instruction, without --frozen")
+    if (args.save or saved) and (not hidden or args.tenant or args.save and len(set(args.prompts)) != 1):
+        raise UsageError("--save (one instruction) and @FILE are for one run of --hide-instruction, without --frozen")
     settings = {name: getattr(args, name) for name in ("max_new", "seed", "beams", "temperature", "top_k", "top_p")}
     settings |= {"template": template, "step": compiled_step(model) if args.compile else None}
 
@@ -271,9 +272,11 @@ def main(argv: list[str] | None = None):
         if args.save:
             save_instruction(args.save, past, model, tuner)
             yield f"saved {args.save}: soft tokens of the instruction, to be kept as safely as its text"
+            if not args.input:
+                return
         for row, text in zip(rows, answer(model, tokenizer, rows, tuner, past=past, **settings)):
             if args.explain:
-                prompt = template.prompt_ids(row, tokenizer)
+                prompt = template.split_ids(row, tokenizer)[0] if hidden else template.prompt_ids(row, tokenizer)
                 weights = reading_weights(model, tuner, prompt)
                 yield from shade_words(tokenizer.words(prompt), weights, sys.stdout.isatty())
             yield text

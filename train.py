@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from baselines import METHODS, build, spell_out
-from data import Batch, Batches, Example, encode, evenly_spaced, open_data, rows_fingerprint
+from data import Batch, Batches, Example, encode, evenly_spaced, open_data, rows_fingerprint, with_input
 from data.files import label_words
 from data.reads import Reads, Teacher, keep_reads
 from data.scores import BLIND, Session, before_and_after, evaluate, score_table
@@ -213,14 +213,14 @@ def open_session(args: Namespace, device: str, dtype: torch.dtype) -> Session:
     if block_size > model.config.block_size:
         raise UsageError(f"--block-size {block_size}: {args.init} takes at most {model.config.block_size} tokens")
     rows, limits = open_data(args.data, args.skip_bad), {"train": 0, "val": args.val_rows}
+    if args.act == "hidden" and args.skip_bad:
+        rows = {name: with_input(split, name) for name, split in rows.items()}
     labels = label_words(rows["train"])
     rows = {name: evenly_spaced(split, limits.get(name, args.test_rows)) for name, split in rows.items()}
     if 0 < args.train_rows < len(rows["train"]):
         rows["train"] = random.Random(args.seed).sample(rows["train"], args.train_rows)
-    hide = args.act == "hidden"
-    examples = {
-        name: encode(split, tokenizer, block_size, args.truncate, template, hide) for name, split in rows.items()
-    }
+    how = tokenizer, block_size, args.truncate, template, args.act == "hidden"
+    examples = {name: encode(split, *how) for name, split in rows.items()}
     tests = [name for name in rows if name.startswith("test")]
     return Session(model, tokenizer, template, rows, examples, tests, labels, block_size)
 

@@ -75,6 +75,16 @@ def rows_fingerprint(rows: dict[str, list[dict]]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def with_input(rows: list[dict], name: str) -> list[dict]:
+    """The rows of a split that have an input, as a hidden instruction needs one.  The others are counted."""
+    kept = [row for row in rows if row.get("input", "").strip()]
+    if len(kept) < len(rows):
+        warn(f"{name}: left out {len(rows) - len(kept)} of {len(rows)} rows, which have no input")
+    if not kept:
+        raise ValueError(f"no row of {name} has an input: there is nothing to ask behind a hidden instruction")
+    return kept
+
+
 def evenly_spaced(rows: list, n: int) -> list:
     """At most n of the rows, evenly spaced, because neighbours are often alike.  All rows if n is 0."""
     return rows if not n or n >= len(rows) else [rows[i * len(rows) // n] for i in range(n)]

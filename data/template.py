@@ -45,7 +45,7 @@ class Template:
         Raises ValueError for a row without an input: nothing would follow.
         """
         if "instruction" not in row or not row.get("input", "").strip():
-            raise ValueError("no input: behind a hidden instruction there would be nothing to answer")
+            raise ValueError("a hidden instruction wants an input behind it (--input; or --skip-bad, in training)")
         first, rest = self._halves(row, tokenizer)
         whole = self.prompt_ids(row, tokenizer)
         return first, whole[len(first) :] if whole[: len(first)] == first else rest

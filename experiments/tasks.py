@@ -2,6 +2,8 @@
 
     python -m experiments.tasks 64 --out data/64-tasks               # 4, 16 or 64 tasks, always the same bytes
     python -m experiments.compare tiny --data data/64-tasks --methods iapt,constants,lora-mlp
+    python -m experiments.tasks 64 --apart --out data/64-moods  # the mood is the instruction, the question the input:
+    python -m experiments.compare tiny --data data/64-moods --hide-instruction --methods summary,iapt,constants
 
 A task is a question (a capital, a word in Spanish, the reverse of a list, ...) in a mood, which changes the answer:
 
@@ -40,6 +42,12 @@ def asked(row: dict) -> tuple[str, str, str]:
     return row["task"], row["instruction"].split(" : ")[1], row["input"]
 
 
+def apart(row: dict) -> dict:
+    """The mood as the instruction, and the question as its input."""
+    mood, question = row["instruction"].split(" : ")
+    return {**row, "instruction": f"{mood} :", "input": f"{question} {row['input']}".strip()}
+
+
 def make_tasks(tasks: int) -> dict[str, list[dict]]:
     """{split: rows} of 4, 16 or 64 tasks, as many questions as moods.  No row asks the same as another."""
     n, splits, seen = round(tasks**0.5), {}, []
@@ -53,12 +61,14 @@ def make_tasks(tasks: int) -> dict[str, list[dict]]:
 def main(argv: list[str] | None = None):
     parser = Parser(description=__doc__)
     parser.add_argument("tasks", type=int, choices=[4, 16, 64], help="how many")
-    parser.add_argument("--out", help="the folder (default: data/N-tasks)")
+    parser.add_argument("--apart", action="store_true", help="moods as instructions, questions as their inputs")
+    parser.add_argument("--out", help="the folder (default: data/N-tasks, or data/N-moods)")
     args = parser.parse_args(argv)
-    out = args.out or os.path.join("data", f"{args.tasks}-tasks")
+    out = args.out or os.path.join("data", f"{args.tasks}-{'moods' if args.apart else 'tasks'}")
     os.makedirs(out, exist_ok=True)
     for name, rows in make_tasks(args.tasks).items():
         path = os.path.join(out, f"{name}.jsonl")
+        rows = [apart(row) for row in rows] if args.apart else rows
         if os.path.exists(path) and read_rows(path) != rows:
             raise ValueError(f"{path} has other rows: --out names another folder")
         write_rows(path, rows)

@@ -436,7 +436,7 @@ def test_tenants_on_the_command_line_answer_as_each_does_alone(rows, trained, tm
     explained = run_in(sample, other, "the past of go ?", "--explain", *CPU)
     assert explained == (
         2,
-        "error: --explain shows what IAPT's soft tokens read: it wants one run of iapt, and no --frozen\n",
+        "error: --explain shows what IAPT's soft tokens read: it wants one run of iapt, no --frozen, no @FILE\n",
     )
 
 
