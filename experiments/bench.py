@@ -216,13 +216,13 @@ def hub_model(name: str, args: Namespace) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, dtype=args.dtype).eval()
 
 
-def hub_lora(config: Config):
+def hub_lora(config: Config, **more):
     """peft's settings of a LoRA like ours: rank 8 on q and v (in GPT-2 one layer makes q, k and v)."""
     from peft import LoraConfig
 
     fused = config.arch == "gpt2"
     names = ["c_attn"] if fused else ["q_proj", "v_proj"]
-    return LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=names, fan_in_fan_out=fused)
+    return LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=names, fan_in_fan_out=fused, **more)
 
 
 # -- A training step ---------------------------------------------------------------------------------------------------
@@ -414,6 +414,8 @@ def bench_first(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:
     for method in args.methods:
         tenants = random_tenants(method, [], model, [0], act="answer")
         rivals[f"{method}, another tenant"] = functools.partial(first_token, model, tenants, [prompt[-1:]], past)
+    if args.hub:
+        rivals["peft: activated LoRA, another tenant"] = hub_first_token(name, model.config, prompt, args)
     seconds = interleaved(rivals, args.rounds, name)
     base = f"{args.methods[0]}, {args.tenants[0]} tenants"
     for label in rivals:
@@ -428,6 +430,30 @@ def first_token(model: Decoder, tenants: Tenants, prompts: list[list[int]], past
         begin = now(device)
         prefill(model, prompts, tenants, 1, past)
         return now(device) - begin
+
+
+def hub_first_token(name: str, config: Config, prompt: list[int], args: Namespace) -> Callable[[], float]:
+    """The same of peft's activated LoRA (arXiv 2504.12397), of which another tenant goes on from the prompt's cache."""
+    import peft
+
+    settings = hub_lora(config, alora_invocation_tokens=prompt[-1:])  # it acts from the prompt's last token on
+    tuned = peft.get_peft_model(hub_model(name, args), settings, adapter_name="0").eval()
+    tuned.add_adapter("1", settings)
+    idx = torch.tensor([prompt], device=args.device)
+    with torch.no_grad(), tuned.disable_adapter():
+        cache = tuned(input_ids=idx[:, :-1]).past_key_values
+    turns = itertools.cycle("01")
+
+    @torch.no_grad()
+    def first_token() -> float:
+        begin = now(args.device)
+        tuned.set_adapter(next(turns))
+        tuned(input_ids=idx[:, -1:], past_key_values=cache)
+        seconds = now(args.device) - begin
+        cache.crop(-1)
+        return seconds
+
+    return first_token
 
 
 # -- Answers -----------------------------------------------------------------------------------------------------------
@@ -522,7 +548,7 @@ def parse(argv: list[str]) -> Namespace:
     generate("--tokens", type=at_least(2), default=64, help="tokens of a prompt")
     generate("--new", type=at_least(1), default=64, help="tokens to write")
     generate("--methods", type=among(["frozen", *METHODS]), default="frozen,iapt,lora", help="which of ours")
-    for option in (step, generate):
+    for option in (step, first, generate):
         option("--hub", action=BooleanOptionalAction, default=True, help="transformers and peft among the rivals")
     args = parser.parse_args(argv)
     args.argv = shlex.join(argv)

@@ -148,7 +148,7 @@ def test_the_model_in_transformers_has_the_same_shape(arch, monkeypatch):
     [
         (["step", "--no-hub", "--methods", "iapt,lora", "--checkpoint"], 3),
         (["step", "--no-hub", "--methods", "iapt,lora,prompt", "--answer", "2"], 8),
-        (["first", "--tenants", "1", "2", "--methods", "iapt,lora"], 6),
+        (["first", "--no-hub", "--tenants", "1", "2", "--methods", "iapt,lora"], 6),
         (["serve", "--tenants", "1", "2", "--new", "3", "--beams", "1", "2"], 20),
     ],
 )
@@ -173,14 +173,18 @@ def test_checkpoint_is_for_our_model(options, small, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HUB, reason="needs transformers and peft")
-@pytest.mark.parametrize("command, arch", [("step", "gpt2"), ("step", "llama"), ("generate", "llama")])
+@pytest.mark.parametrize(
+    "command, arch", [("step", "gpt2"), ("step", "llama"), ("generate", "llama"), ("first", "llama")]
+)
 def test_rivals_from_the_hub_take_part(command, arch, monkeypatch, tmp_path):
     monkeypatch.setitem(bench.SHAPES, "small", SMALL_SHAPES[arch])
     sizes = ["--shapes", "small", "--rows", "2", "--tokens", "6", "--rounds", "1", "--device", "cpu"]
     status, text = run_in(bench, command, *sizes, "--out", str(tmp_path), *["--new", "3"] * (command == "generate"))
     assert status == 0, text
-    labels = [row.get("step", row.get("answers")) for row in saved_rows(tmp_path, command)]
-    assert len(labels) == (7 if command == "step" else 8) and any("peft" in label for label in labels)
+    labels = [
+        next(row[kind] for kind in ("step", "answers", "asks") if kind in row) for row in saved_rows(tmp_path, command)
+    ]
+    assert len(labels) == {"step": 7, "generate": 8, "first": 10}[command] and any("peft" in label for label in labels)
 
 
 @pytest.mark.slow
