@@ -37,6 +37,7 @@ class Summary(IAPT):
     def __init__(self, config: Config, P: int = 4, m: int = 0, activation: Activation = "rational"):
         super().__init__(config, P, m, 0, activation)
         self.keys, self.values, self.config = nn.ParameterList(), nn.ParameterList(), config
+        self.lr = 6.0 / config.n_embd
 
     def soft(self, block: Block, l: int, x: Tensor, A: Tensor, S: Tensor) -> Soft:
         words, (S_k, S_v) = block.soft_kv(x), (block.attn.heads(s) for s in S.chunk(2, -1))

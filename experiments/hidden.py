@@ -1,19 +1,34 @@
-"""What is left of an instruction that is hidden: rows to measure it on, and what needs no training.
+"""What is left of an instruction that is hidden: rows to measure it on, what needs no training, and what is written.
 
     python -m data.prepare alpaca --skip-bad
     python -m experiments.hidden rows --data data/alpaca --out data/alpaca-input
+    python -m experiments.hidden untrained --init HuggingFaceTB/SmolLM2-135M-Instruct --data data/alpaca-input
     python -m experiments.compare hidden --methods summary,summary-12,constants,iapt
+    python -m experiments.hidden texts out/summary out/summary-12
 
 `rows` keeps the short rows that have an input.  The instructions of val and test are in no training row: data.prepare
-sees to it.
+sees to it.  `untrained` scores the frozen model: with the instruction in its context, without, with the instruction cut
+to its first words, and with averages of its keys and values, by their number.  `texts` has runs write greedy answers:
+how many are, word for word, those of the model that sees the instruction?
 """
 
 import os
 from argparse import Namespace
 
+import numpy as np
+import torch
+from torch import Tensor
+
+import train
+from baselines.hidden import Summary
 from data import load_splits
 from data.files import write_rows
-from plumbing.cli import Parser, at_least, run
+from data.scores import BLIND, Session, score_examples
+from experiments.bench import machine
+from model import Block, Config, Soft, Tuner, rotary, rotate
+from plumbing.cli import Parser, add_device_options, at_least, pick_device, run
+from plumbing.files import replacing, write_json
+from sample import answer, open_runs
 
 
 def choose(rows: list[dict], longest: int) -> list[dict]:
@@ -23,6 +38,7 @@ def choose(rows: list[dict], longest: int) -> list[dict]:
 
 
 def write(args: Namespace):
+    """Choose rows of a data set."""
     os.makedirs(args.out, exist_ok=True)
     for name, rows in load_splits(args.data).items():
         rows = choose(rows, args.longest)
@@ -30,16 +46,119 @@ def write(args: Namespace):
         print(f"{name}: {len(rows):,} rows")
 
 
+# -- Without training --------------------------------------------------------------------------------------------------
+
+
+class Cut(Tuner):
+    """The instruction's first words: the keys and values of P of them, behind the one that stays anyway."""
+
+    act = "hidden"
+
+    def __init__(self, config: Config, P: int):
+        super().__init__()
+        self.config, self.P = config, P
+
+    def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft:
+        words, place = block.soft_kv(x[:, 1 : self.P + 1]), torch.arange(x.shape[1], device=x.device)[1 : self.P + 1]
+        rope = rotary(self.config, place) if self.config.arch == "llama" else None
+        return Soft(rotate(words.k, rope), words.v, instr[:, None, None, 1 : self.P + 1])
+
+
+def untrained(args: Namespace):
+    """Score what needs no training on the rows of a split; leaves scores as `compare` does."""
+    session = open_session(args)
+    rivals = {"frozen": None, "blind": BLIND}
+    for P in args.P:
+        rivals[f"cut-{P}"] = Cut(session.model.config, P)
+        rivals[f"means-{P}"] = Summary(session.model.config, P=P, m=1)
+        rivals[f"means-{P}"].act = "hidden"
+    examples, arrays = session.examples[args.split], {}
+    tokens = np.array([len(e.response) for e in examples], np.int32)
+    for label, tuner in rivals.items():
+        scores = score_examples(session.model, examples, tuner)
+        nats, kl = scores.nats.float().numpy(), scores.kl.float().numpy()
+        key = f"{label}/0/{args.split}"
+        arrays |= {f"{key}/nats": nats, f"{key}/kl": kl, f"{key}/tokens": tokens}
+        arrays[f"{key}/wrong"] = scores.wrong.numpy().astype(np.int32)
+        print(f"{label:10}  {kl.sum() / tokens.sum():.4f} divergence  {nats.sum() / tokens.sum():.4f} nats/token")
+    with replacing(args.out, "wb") as f:
+        np.savez_compressed(f, **arrays)
+    print(f"saved {args.out}; {machine()}")
+
+
+def open_session(args: Namespace) -> Session:
+    device, dtype, _ = pick_device(args.device, args.dtype)
+    options = ["--init", args.init, "--data", args.data, "--hide-instruction", "--val-rows", "0"]
+    return train.open_session(train.parse(options), device, dtype)
+
+
+# -- What is written ---------------------------------------------------------------------------------------------------
+
+
+def texts(args: Namespace):
+    """Greedy answers of runs beside those of the frozen model that sees the instruction, and of the blind one."""
+    device, dtype, _ = pick_device(args.device, args.dtype)
+    model, tokenizer, template, tuners = open_runs(args.runs, args.init, False, device, dtype)
+    rows = load_splits(args.data)[args.split]
+    rivals = {"frozen": None, "blind": BLIND, **dict(zip(args.runs, tuners, strict=True))}
+    written = {}
+    for label, tuner in rivals.items():
+        if tuner is not None:
+            tuner.attach(model)
+        written[label] = []
+        for i in range(0, len(rows), args.batch):
+            part = rows[i : i + args.batch]
+            written[label] += answer(model, tokenizer, part, tuner, args.new, template=template)
+        if tuner is not None:
+            tuner.detach()
+        pairs = list(zip(written[label], written["frozen"], strict=True))
+        same = np.mean([ours == theirs for ours, theirs in pairs])
+        rouge = np.mean([rouge_l(ours.split(), theirs.split()) for ours, theirs in pairs])
+        right = np.mean([ours == row["output"].strip() for ours, row in zip(written[label], rows)])
+        print(f"{label:30}  the same {same:6.1%}  ROUGE-L {rouge:.3f}  the wanted answer {right:6.1%}")
+    write_json(args.out, {"rows": rows, "written": written, "machine": machine()}, indent=1)
+    print(f"saved {args.out}; {machine()}")
+
+
+def rouge_l(a: list[str], b: list[str]) -> float:
+    """The F measure of the longest common subsequence of two lists of words (Lin, 2004); 1 if both are empty."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
+    return 2 * row[-1] / (len(a) + len(b)) if a or b else 1.0
+
+
+# -- The command line --------------------------------------------------------------------------------------------------
+
+
 def main(argv: list[str] | None = None):
     parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    rows = commands.add_parser("rows", help="choose rows of a data set")
-    rows.add_argument("--data", default="data/alpaca", help="a folder with train.jsonl, val.jsonl and test.jsonl")
-    rows.add_argument("--out", default="data/alpaca-input", help="folder to write to")
-    rows.add_argument("--longest", type=at_least(1), default=240, help="characters of instruction, input and output")
-    rows.set_defaults(work=write)
+    commands, add = parser.add_subparsers(dest="command", required=True), {}
+    for name, work in COMMANDS.items():
+        command = commands.add_parser(name, help=work.__doc__)
+        add[name] = command.add_argument
+        if name != "rows":
+            add[name]("--data", default="data/alpaca-input", help="a folder of rows")
+            add[name]("--split", default="test", help="which of its files")
+            add_device_options(command)
+    add["rows"]("--data", default="data/alpaca", help="a folder with train.jsonl, val.jsonl and test.jsonl")
+    add["rows"]("--out", default="data/alpaca-input", help="folder to write to")
+    add["rows"]("--longest", type=at_least(1), default=240, help="characters of instruction, input and output")
+    add["untrained"]("--init", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the frozen model")
+    add["untrained"]("--P", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 12, 24], help="soft tokens, or words")
+    add["untrained"]("--out", default="out/untrained.npz", help="file of the scores")
+    add["texts"]("runs", nargs="+", help="folders of runs")
+    add["texts"]("--init", help="the frozen model (default: the one of the first run)")
+    add["texts"]("--new", type=at_least(1), default=32, help="most tokens to write")
+    add["texts"]("--batch", type=at_least(1), default=32, help="rows of a batch")
+    add["texts"]("--out", default="out/texts.json", help="file of the texts")
     args = parser.parse_args(argv)
-    args.work(args)
+    COMMANDS[args.command](args)
+
+
+COMMANDS = {"rows": write, "untrained": untrained, "texts": texts}
 
 
 if __name__ == "__main__":
