@@ -81,9 +81,6 @@ class Context(NamedTuple):
         return (k, v) if self.joined is None else (torch.cat((k, self.joined.k), 2), torch.cat((v, self.joined.v), 2))
 
 
-NO_CONTEXT = Context()
-
-
 def rotary(c: Config, pos: Tensor) -> tuple[Tensor, Tensor]:
     """pos (.., T) -> cos, sin (.., 1, T, D) for `rotate`: pair i of a head (i, i + D/2) turns by pos theta^(-2i/D)."""
     # In fp32 whatever the weights' dtype: bf16 has 8 bits, too few to tell positions apart.
@@ -175,7 +172,7 @@ class Block(nn.Module):
         s = self.ln_1(s)  # at rotary position 0, where the rotation is the identity
         return Soft(self.attn.heads(self.attn.k(s)), self.attn.heads(self.attn.v(s)))
 
-    def forward(self, x: Tensor, rope: tuple | None, more: Context = NO_CONTEXT, mask: Tensor | None = None) -> tuple:
+    def forward(self, x: Tensor, rope: tuple | None, more: Context = Context(), mask: Tensor | None = None) -> tuple:
         """x (B, T, C) -> x (B, T, C) and its own keys and values (B, G, T, D); mask as of `attention_mask`."""
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
         x = x + self.attn.mix(q, *more.join(k, v), mask, more.separate)
@@ -242,7 +239,7 @@ class Tuner(nn.Module):
 
     def place(self, soft: Soft | None, dtype: torch.dtype) -> Context:
         if soft is None:
-            return NO_CONTEXT
+            return Context()
         soft = Soft(soft.k.to(dtype).contiguous(), soft.v.to(dtype).contiguous(), soft.keep)
         return Context(separate=soft) if self.separate else Context(joined=soft)
 
@@ -264,9 +261,7 @@ NO_TUNER = Tuner()  # the frozen model alone
 
 
 class Cache:
-    """Keys and values of right-padded prompts, with `room` for more tokens, as a `Context` of each layer.
-
-    Each row goes on at its own length, over its own padding.  Shapes never change: a decode step is compiled once."""
+    """Keys and values of right-padded prompts, with `room` for more tokens: shapes never change."""
 
     def __init__(self, length: Tensor, room: int = 0):
         self.room, self.layers = room, []
@@ -364,7 +359,7 @@ class Decoder(nn.Module):
 
         def look(l: int, x: Tensor) -> Context:
             cache.states.append(x if past is None else torch.cat((past.states[l], x), 1))
-            return NO_CONTEXT if past is None else past.layers[l]
+            return Context() if past is None else past.layers[l]
 
         with tuner.silent():
             x, rope = self.embed(idx, place)
@@ -403,10 +398,12 @@ class Decoder(nn.Module):
         """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next one, and a Cache."""
         tuner, last = tuner or NO_TUNER, (torch.arange(len(idx), device=idx.device), length - 1)
         if tuner.act == "answer" or past is not None:
-            cache = self.read(idx, length, tuner, room, past)
+            again = tuner is not NO_TUNER  # the last token once more, with what the tuner has written
+            cache = self.read(idx, length, tuner, room, past, whole=not again)
+            x = cache.last[last]
             self.write(cache, tuner)
             cache.states, cache.last, cache.instr = [], None, None  # decoding wants none of them
-            return self.step(idx[last], cache), cache
+            return self.step(idx[last], cache) if again else self.head(x), cache
         cache, place = Cache(length, room), torch.arange(idx.shape[1], device=idx.device)
         x = self.hidden(idx, place < length[:, None], tuner, cache)  # all of a prompt is instruction
         return self.head(x[last]), cache

@@ -3,6 +3,7 @@
     python -m experiments.bench step            # a training step of each method, beside those of peft
     python -m experiments.bench serve           # many tenants in one batch, method by method
     python -m experiments.bench first           # the first token, of tenants that ask about one prompt
+    python -m experiments.bench hidden          # one instruction, many inputs: its text in the cache, or soft tokens
     python -m experiments.bench generate        # answers, beside those of transformers and peft
     python -m experiments.bench step --shapes smollm2-135M,gpt2-124M --device cuda --dtype bf16
     python -m experiments.bench step --shapes llama-7B --methods iapt,lora --checkpoint --no-hub
@@ -39,10 +40,11 @@ from baselines import METHODS, build
 from baselines.hooks import Hooked
 from baselines.tenants import Tenants
 from data import Batch
+from data.instructions import read_instructions
 from data.reads import Reads
 from experiments.report import markdown
 from model import NO_TUNER, Cache, Config, Decoder, Tuner
-from plumbing.caches import read_prefix
+from plumbing.caches import change_rows, read_prefix
 from plumbing.cli import Parser, add_device_options, at_least, pick_device, run
 from plumbing.compiling import compile_parts, compiled_step
 from plumbing.files import replacing, write_json
@@ -456,6 +458,48 @@ def hub_first_token(name: str, config: Config, prompt: list[int], args: Namespac
     return first_token
 
 
+# -- A hidden instruction ----------------------------------------------------------------------------------------------
+
+
+def bench_hidden(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:
+    """Many inputs of one instruction: its text in the cache, read once or for each, or soft tokens in its place."""
+    words = lambda n: torch.randint(model.config.vocab_size, (n,)).tolist()
+    for T, B in itertools.product(args.tokens, args.inputs):
+        instruction, inputs = words(T), [words(args.input) for _ in range(B)]
+        pasts = {"text, read once": read_prefix(model, instruction, B)}
+        for P in args.P:
+            tuner = random_tuner("summary", model, [f"P={P}", "m=1"])
+            tuner.act = "hidden"
+            pasts[f"{P} soft tokens"] = read_instructions(model, [instruction], tuner)
+            change_rows(pasts[f"{P} soft tokens"], lambda x, B=B: x.expand(B, *x.shape[1:]))
+        rivals = {
+            label: functools.partial(serve_inputs, model, inputs, args.new, past) for label, past in pasts.items()
+        }
+        if B * T <= args.most:
+            whole = [instruction + text for text in inputs]
+            rivals["text, read for each"] = functools.partial(serve_inputs, model, whole, args.new, None)
+        results = interleaved(rivals, args.rounds, f"{name}, {T} tokens, {B} inputs")
+        first, decode = ({label: [s[i] for s in rounds] for label, rounds in results.items()} for i in (0, 1))
+        for label in rivals:
+            row = {"shape": name, "instruction": T, "inputs": B, "instruction as": label}
+            row["first token, of text read once"] = ratio(first, label, "text, read once")
+            row["decode, of text read once"] = ratio(decode, label, "text, read once")
+            row["tokens/s"] = f"{B * (args.new - 1) / statistics.median(decode[label]):,.0f}"
+            yield row | {"cache MB": f"{results[label][0][2] / 1e6:,.1f}"}
+
+
+def serve_inputs(model: Decoder, prompts: list[list[int]], new: int, past: Cache | None) -> tuple[float, float, int]:
+    """Seconds until the first token, seconds of the others, and bytes of the cache, of `new` tokens for each prompt."""
+    device = str(model.wte.weight.device)
+    begin = now(device)
+    logits, cache = prefill(model, prompts, None, new, past)
+    middle = now(device)
+    for _ in range(new - 1):
+        logits = model.step(logits.argmax(-1), cache)
+    soft = [soft for layer in cache.layers for soft in layer if soft is not None]
+    return middle - begin, now(device) - middle, sum(x.numel() * x.element_size() for s in soft for x in (s.k, s.v))
+
+
 # -- Answers -----------------------------------------------------------------------------------------------------------
 
 
@@ -532,7 +576,13 @@ def parse(argv: list[str]) -> Namespace:
         add[name]("--shapes", type=among(SHAPES), default=shapes, help=f"random models: {', '.join(SHAPES)}")
         add[name]("--init", help="a folder or a name on the hub, in place of --shapes")
         add[name]("--rows", type=at_least(1), default=8, help="rows of a batch")
-    step, serve, first, generate = (add[name] for name in BENCHMARKS)
+    step, serve, first, hidden, generate = (add[name] for name in BENCHMARKS)
+    hidden("--tokens", type=at_least(2), nargs="+", default=[32, 128, 512, 2048], help="tokens of the instruction")
+    hidden("--inputs", type=at_least(1), nargs="+", default=[1, 8, 64], help="inputs of a batch")
+    hidden("--input", type=at_least(1), default=32, help="tokens of an input")
+    hidden("--P", type=at_least(1), nargs="+", default=[4, 12], help="soft tokens in the instruction's place")
+    hidden("--new", type=at_least(2), default=16, help="tokens to write")
+    hidden("--most", type=at_least(0), default=8192, help="tokens that are read for each input, at most")
     first("--tokens", type=at_least(2), default=512, help="tokens of the prompt")
     first("--methods", type=among(METHODS), default="iapt,ptuning2,lora", help="which of ours")
     first("--tenants", type=at_least(1), nargs="+", default=[1, 8], help="tenants in a batch")
@@ -556,7 +606,8 @@ def parse(argv: list[str]) -> Namespace:
     return args
 
 
-BENCHMARKS = {"step": bench_step, "serve": bench_serve, "first": bench_first, "generate": bench_generate}
+BENCHMARKS = {"step": bench_step, "serve": bench_serve, "first": bench_first, "hidden": bench_hidden,
+              "generate": bench_generate}  # fmt: skip
 
 
 def main(argv: list[str] | None = None):

@@ -149,6 +149,7 @@ def test_the_model_in_transformers_has_the_same_shape(arch, monkeypatch):
         (["step", "--no-hub", "--methods", "iapt,lora", "--checkpoint"], 3),
         (["step", "--no-hub", "--methods", "iapt,lora,prompt", "--answer", "2"], 8),
         (["first", "--no-hub", "--tenants", "1", "2", "--methods", "iapt,lora"], 6),
+        (["hidden", "--inputs", "1", "2", "--P", "1", "2", "--new", "2", "--input", "3", "--most", "6"], 7),
         (["serve", "--tenants", "1", "2", "--new", "3", "--beams", "1", "2"], 20),
     ],
 )
