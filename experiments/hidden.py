@@ -5,30 +5,35 @@
     python -m experiments.hidden untrained --init HuggingFaceTB/SmolLM2-135M-Instruct --data data/alpaca-input
     python -m experiments.compare hidden --methods summary,summary-12,constants,iapt
     python -m experiments.hidden texts out/summary out/summary-12
+    python -m experiments.hidden answers --data prompts.jsonl --out data/answers    # for rows without outputs
 
 `rows` keeps the short rows that have an input.  The instructions of val and test are in no training row: data.prepare
 sees to it.  `untrained` scores the frozen model: with the instruction in its context, without, with the instruction cut
 to its first words, and with averages of its keys and values, by their number.  `texts` has runs write greedy answers:
-how many are, word for word, those of the model that sees the instruction?
+how many are, word for word, those of the model that sees the instruction?  `answers` has that model write the outputs
+of rows, which need none of their own: so --distill learns from prompts alone.
 """
 
+import json
 import os
 from argparse import Namespace
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import train
 from baselines.hidden import Summary
 from data import load_splits
-from data.files import write_rows
+from data.files import fill_missing_splits, write_rows
 from data.scores import BLIND, Session, score_examples
+from data.template import make_template
 from experiments.bench import machine
 from model import Block, Config, Soft, Tuner, rotary, rotate
 from plumbing.cli import Parser, add_device_options, at_least, pick_device, run
-from plumbing.files import replacing, write_json
-from sample import answer, open_runs
+from plumbing.files import read_text, replacing, write_json
+from sample import answer, generate, open_model, open_runs
 
 
 def choose(rows: list[dict], longest: int) -> list[dict]:
@@ -130,6 +135,39 @@ def rouge_l(a: list[str], b: list[str]) -> float:
     return 2 * row[-1] / (len(a) + len(b)) if a or b else 1.0
 
 
+# -- The teacher's own answers -----------------------------------------------------------------------------------------
+
+
+def answers(args: Namespace):
+    """Rows with what the frozen model, which sees the instruction, answers; their own outputs, if any, are left out."""
+    device, dtype, _ = pick_device(args.device, args.dtype)
+    model, tokenizer = open_model(args.init, device, dtype)
+    template = make_template(args.template, tokenizer)
+    os.makedirs(args.out, exist_ok=True)
+    for name, rows in read_prompts(args.data).items():
+        rows = sorted(rows, key=lambda row: len(row["instruction"] + row["input"]))
+        for i in tqdm(range(0, len(rows), args.batch), name, dynamic_ncols=True):
+            part = rows[i : i + args.batch]
+            prompts = [template.prompt_ids(row, tokenizer) for row in part]
+            for row, ids in zip(part, generate(model, prompts, None, args.new, template.end_id(tokenizer))):
+                row |= {"output": template.answer_text(ids, tokenizer), "end": len(ids) < args.new}
+        kept = [row for row in rows if row["output"].strip()]
+        write_rows(os.path.join(args.out, f"{name}.jsonl"), kept)
+        print(f"{name}: {len(kept):,} rows, {len(rows) - len(kept):,} left out that the model has no answer to")
+
+
+def read_prompts(data: str) -> dict[str, list[dict]]:
+    """The splits of a data set, or of a .jsonl file whose rows need no output."""
+    if not data.endswith(".jsonl"):
+        return load_splits(data)
+    try:
+        rows = [json.loads(line) for line in read_text(data).splitlines() if line.strip()]
+        rows = [{"instruction": row["instruction"], "input": row["input"], "output": "?"} for row in rows]
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{data}: a row needs instruction and input ({type(e).__name__}: {e})") from None
+    return fill_missing_splits({"train": rows}, data)
+
+
 # -- The command line --------------------------------------------------------------------------------------------------
 
 
@@ -141,8 +179,9 @@ def main(argv: list[str] | None = None):
         add[name] = command.add_argument
         if name != "rows":
             add[name]("--data", default="data/alpaca-input", help="a folder of rows")
-            add[name]("--split", default="test", help="which of its files")
             add_device_options(command)
+        if name in ("untrained", "texts"):
+            add[name]("--split", default="test", help="which of its files")
     add["rows"]("--data", default="data/alpaca", help="a folder with train.jsonl, val.jsonl and test.jsonl")
     add["rows"]("--out", default="data/alpaca-input", help="folder to write to")
     add["rows"]("--longest", type=at_least(1), default=240, help="characters of instruction, input and output")
@@ -154,11 +193,16 @@ def main(argv: list[str] | None = None):
     add["texts"]("--new", type=at_least(1), default=32, help="most tokens to write")
     add["texts"]("--batch", type=at_least(1), default=32, help="rows of a batch")
     add["texts"]("--out", default="out/texts.json", help="file of the texts")
+    add["answers"]("--init", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the frozen model")
+    add["answers"]("--template", default="plain", choices=["plain", "chat"], help="layout of a row")
+    add["answers"]("--new", type=at_least(1), default=40, help="most tokens to write")
+    add["answers"]("--batch", type=at_least(1), default=32, help="rows of a batch")
+    add["answers"]("--out", default="data/answers", help="folder to write to")
     args = parser.parse_args(argv)
     COMMANDS[args.command](args)
 
 
-COMMANDS = {"rows": write, "untrained": untrained, "texts": texts}
+COMMANDS = {"rows": write, "untrained": untrained, "texts": texts, "answers": answers}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,73 @@
+"""experiments.hidden: what the frozen model keeps without training, what runs write, and the teacher's answers."""
+
+import json
+
+import pytest
+import torch
+from conftest import run_in
+from test_hidden_runs import HIDDEN, moods, run  # noqa: F401 (fixtures)
+
+import train
+from data.files import read_rows
+from experiments import hidden
+from experiments.report import Scores
+
+
+def test_rouge_l_is_the_share_of_a_longest_common_subsequence():
+    """Of "a b c d" and "b x d" it is "b d": 2 of 4 words and 2 of 3, so 2 * 2 / 7."""
+    assert hidden.rouge_l("a b c d".split(), "b x d".split()) == pytest.approx(4 / 7)
+    assert hidden.rouge_l(["a"], ["a"]) == hidden.rouge_l([], []) == 1.0 and hidden.rouge_l(["a"], []) == 0.0
+
+
+@pytest.mark.parametrize("P", [3, 9])
+def test_a_cut_that_keeps_all_words_is_the_model_that_sees(model, P):
+    """Rows of four and six words, the first of which always stays: three more are all of one, and not of the other."""
+    idx = torch.randint(1, 50, (2, 12))
+    instr = torch.arange(12) < torch.tensor([[4], [6]])
+    cut, seeing = model(idx, instr, hidden.Cut(model.config, P)), model(idx)
+    torch.testing.assert_close(cut[0, 4:], seeing[0, 4:], atol=1e-3, rtol=1e-3)
+    assert ((cut[1, 6:] - seeing[1, 6:]).abs().max() < 1e-3) == (P >= 5)
+
+
+def test_what_needs_no_training_is_scored_row_by_row(moods, tmp_path, capsys):  # noqa: F811
+    out = str(tmp_path / "scores.npz")
+    status, text = run_in(hidden, "untrained", "--init", "tiny", "--data", moods, "--P", "1", "2", "--out", out)
+    assert status == 0, text
+    scores = Scores(out)
+    assert list(scores.seeds) == ["frozen", "blind", "cut-1", "means-1", "cut-2", "means-2"]
+    seeing, blind = (scores.get(name, "test", "kl")[0] for name in ("frozen", "blind"))
+    assert not seeing.any() and len(blind) == 64 and (blind > 0).all()
+
+
+def test_what_a_run_writes_is_compared_with_the_model_that_sees(run, moods, tmp_path):  # noqa: F811
+    out = str(tmp_path / "texts.json")
+    status, text = run_in(hidden, "texts", run, "--data", moods, "--new", "4", "--out", out)
+    assert status == 0 and f"{'frozen':30}  the same 100.0%  ROUGE-L 1.000" in text, text
+    with open(out) as f:
+        written = json.load(f)["written"]
+    assert list(written) == ["frozen", "blind", run] and all(len(texts) == 64 for texts in written.values())
+
+
+def test_rows_without_outputs_get_the_answers_of_the_model_that_sees_and_can_be_trained_on(tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", str(tmp_path / "answers")
+    words = ["plural of mouse", "past of go", "young of dog", "capital of peru"]
+    rows = [
+        {"instruction": f"be {mood} :", "input": f"the {what} ?"}
+        for what in words
+        for mood in ("short", "rude", "slow")
+    ]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    status, text = run_in(hidden, "answers", "--init", "tiny", "--data", str(prompts), "--new", "5", "--out", out)
+    assert status == 0 and "train: " in text, text
+    written = [row for split in ("train", "val", "test") for row in read_rows(f"{out}/{split}.jsonl")]
+    assert {(row["instruction"], row["input"]) for row in written} <= {tuple(row.values()) for row in rows} and written
+    assert all(row["output"].strip() for row in written)
+    train.main([*HIDDEN, "--data", out, "--out", str(tmp_path / "run")])
+    prompts.write_text('{"instruction": "x"}')
+    status, text = run_in(hidden, "answers", "--init", "tiny", "--data", str(prompts), "--out", out)
+    assert status == 1 and "a row needs instruction and input (KeyError: 'input')" in text
+
+
+def test_rows_are_chosen_by_their_input_and_their_length():
+    row = {"instruction": "abc", "input": "de", "output": "f"}
+    assert hidden.choose([row, {**row, "input": " "}, {**row, "output": "fg"}], 6) == [row]
