@@ -17,6 +17,7 @@ each layer, W_sa, R, W_up, keys and values (these two alone are called *constant
 
 Attention to soft tokens has a softmax of its own; what is found in them is added to what is found among the words.  All
 tokens look at them, those of the prompt, too, or the answer's alone (--act answer).  Then they stay in the KV cache.
+For an instruction that all but the generators do without (--hide-instruction), see Summary in baselines/hidden.py.
 
     Decoder.blocks or .read (model.py)  ->  Tuner.context  ->  IAPT.kv  ->  Generator.forward    the lines above
                                         ->  Block.forward  ->  Attention.mix                     the last of them
@@ -129,8 +130,7 @@ class PaperGenerator(Generator):
     """H and Q as they are."""
 
     def forward(self, H: Tensor, instr: Tensor) -> tuple[Tensor, Tensor]:
-        Z = self.project(H)
-        A = self.attention(Z, instr)
+        A = self.attention(Z := self.project(H), instr)
         return A, self.R(A.mT @ Z) @ self.W_up
 
     def project(self, H: Tensor) -> Tensor:
@@ -153,9 +153,7 @@ class PaperIAPT(Tuner):
 
     @torch.no_grad()
     def start(self, model: Decoder):
-        """W_up starts as the hidden states of m random words, each the first of a text: a model rests much attention on
-        such a word, without harm (a sink, arXiv 2309.17453).  In random states it finds what harms.
-        """
+        """W_up starts as states of m random words that begin a text: sinks (arXiv 2309.17453), which do no harm."""
         vocabulary, m = model.wte.weight, len(self.generators[0].W_up)
         words = torch.randint(len(vocabulary), (m, 1), device=vocabulary.device)
         x, rope = model.embed(words, torch.zeros_like(words[0]))  # each at position 0

@@ -1,4 +1,18 @@
-"""IAPT where the instruction is hidden (`--hide-instruction`): soft tokens stand in its place."""
+"""IAPT where the instruction is hidden (`--hide-instruction`): soft tokens stand in its place.  One layer:
+
+    def summary(H, instr, K_words, V_words, W_down, W_sa, R, W_up):
+        Z = rms_norm(H) @ W_down                                                   # (T, m)
+        A = (Z @ W_sa + parts).masked_fill(~instr[:, None], -torch.inf).softmax(0) # (T, P)  at first, means of P parts
+        Q = rms_norm(A.T @ Z)                                                      # (P, m)
+        S_k, S_v = (R(Q) @ W_up).chunk(2, 1)                                       # (P, K)  each, zero at the start
+        return A.T @ K_words + S_k, A.T @ V_words + S_v                            # P keys, P values
+    #   and in attention:  y = attend(q, [k_first, k_soft, k_input], [v_first, v_soft, v_input])
+
+K_words and V_words (T, K) are the instruction's keys and values in the frozen model, before their rotation; k_soft is
+turned to the mean position of what it averages.  So soft tokens speak the frozen model's language from the start.  The
+first word's key and value, k_first and v_first, stay as they are: it is a sink, on which attention rests that nothing
+else wants.
+"""
 
 import torch
 import torch.nn as nn
@@ -23,12 +37,9 @@ class SummaryGenerator(Generator):
 
 
 class Summary(IAPT):
-    """P soft tokens a layer, for `--hide-instruction`: averages of the instruction's own keys and values, corrected.
+    """P averages of the instruction's own keys and values a layer, corrected; they stand among the words.
 
-        A                        as above, but W_sa starts at zero, and A at the means of P parts of equal length
-        keys, values             = A.T @ K_words + S_k,  A.T @ V_words + S_v        S = R(Q) @ W_up  (P, 2 K)
-
-    They stand among the words, in one softmax with them, at the mean position of what they average.
+    C m parameters shared by all layers, and in each layer m P + 12 + 2 m K.  m = 0 stands for C / 16.
     """
 
     separate = False

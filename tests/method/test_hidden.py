@@ -1,5 +1,7 @@
 """An instruction that is hidden: it is read, soft tokens stand in its place, and nothing else of it is left."""
 
+import re
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ARCHS, right_padded, small_model, small_tuner
 
-from baselines import METHODS
+from baselines import METHODS, hidden
 from baselines.hidden import Summary
 from baselines.tenants import Tenants
 from data import Example, collate
@@ -152,6 +154,22 @@ def untrained(model, P, act="hidden"):
     tuner = Summary(model.config, P=P, m=4)
     tuner.act = act
     return tuner
+
+
+def test_the_lines_of_its_docstring_are_what_summary_computes(model):
+    (code,) = re.findall(r"    (def summary.*?)    #   and", hidden.__doc__, re.DOTALL)
+    names = {"torch": torch, "rms_norm": lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-4)}
+    tuner, x = small_tuner("summary", model, act="hidden"), torch.randn(1, 7, 32)
+    instr, g = torch.arange(7)[None] < 6, tuner.generators[1]
+    parts = 4.0 * ((torch.arange(7) + 0.5)[:, None] / 6 * 4).floor().eq(torch.arange(4))
+    exec(textwrap.dedent("    " + code), names | {"parts": parts}, made := {})
+    block = model.h[1]
+    words, flat = block.soft_kv(x), lambda s: s[0].transpose(0, 1).flatten(1)
+    keys, values = made["summary"](x[0], instr[0], flat(words.k), flat(words.v), g.W_down, g.W_sa, g.R, g.W_up)
+    soft = tuner.kv(block, 1, x, instr)
+    torch.testing.assert_close(flat(soft.v), values, atol=1e-4, rtol=1e-4)
+    if model.config.arch == "gpt2":  # LLaMA's are turned
+        torch.testing.assert_close(flat(soft.k), keys, atol=1e-4, rtol=1e-4)
 
 
 def test_an_untrained_summary_has_the_means_of_parts_of_the_instruction(model):
