@@ -49,12 +49,16 @@ class Config:
     tied: bool = True
     attn_bias: bool = False
     mlp_bias: bool = False
+    o_bias: bool | None = None  # None: as attn_bias.  Qwen2 has biases on q, k and v alone
+    qk_norm: bool = False  # the queries and keys of each head pass an RMSNorm, as Qwen3's
+    no_rope: int = 0  # each so many layers, one has no positions, as SmolLM3's
 
     def __post_init__(self):
         if self.arch not in ("gpt2", "llama"):
             raise ValueError(f"arch must be 'gpt2' or 'llama', got {self.arch!r}")
         gpt2 = self.arch == "gpt2"
         self.attn_bias, self.mlp_bias = self.attn_bias or gpt2, self.mlp_bias or gpt2
+        self.o_bias = self.attn_bias if self.o_bias is None else self.o_bias
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_inner = self.n_inner or (4 * self.n_embd if gpt2 else -(-self.n_embd * 8 // 96) * 32)
@@ -85,11 +89,8 @@ def rotary(c: Config, pos: Tensor) -> tuple[Tensor, Tensor]:
     """pos (.., T) -> cos, sin (.., 1, T, D) for `rotate`: pair i of a head (i, i + D/2) turns by pos theta^(-2i/D)."""
     # In fp32 whatever the weights' dtype: bf16 has 8 bits, too few to tell positions apart.
     freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=pos.device).float() / c.head_dim)
-    if scaling := c.rope_scaling:  # for a longer context: 'linear' slows all frequencies, 'llama3' the slow ones
-        low, high = scaling.get("low_freq_factor", 1), scaling.get("high_freq_factor", 4)
-        turns = scaling.get("original_max_position_embeddings", 0) * freq / (2 * torch.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        freq = kept * freq + (1 - kept) * freq / scaling["factor"]
+    if c.rope_scaling:  # for a longer context, some pairs turn more slowly
+        freq = freq * torch.tensor(c.rope_scaling["speeds"], device=pos.device)
     angle = pos[..., None].float() * freq
     angle = torch.cat((angle, angle), -1)[..., None, :, :]
     return angle.cos(), angle.sin()
@@ -107,13 +108,13 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention with separate q, k, v, o (so that LoRA on q and v is a hook on two modules)."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, l: int = 0):
         super().__init__()
-        self.head_dim = c.head_dim
-        self.q = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=c.attn_bias)
-        self.k = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.attn_bias)
-        self.v = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.attn_bias)
-        self.o = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.attn_bias)
+        self.head_dim, self.turns = c.head_dim, not c.no_rope or (l + 1) % c.no_rope > 0
+        H, G = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+        self.q, self.k, self.v = (nn.Linear(c.n_embd, n, bias=c.attn_bias) for n in (H, G, G))
+        self.o = nn.Linear(H, c.n_embd, bias=c.o_bias)
+        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in "qk")
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, G D) -> (B, G, T, D)."""
@@ -121,7 +122,9 @@ class Attention(nn.Module):
 
     def qkv(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> rotated queries (B, H, T, D) and keys (B, G, T, D), and values (B, G, T, D)."""
-        return rotate(self.heads(self.q(x)), rope), rotate(self.heads(self.k(x)), rope), self.heads(self.v(x))
+        q, k, v = (self.heads(f(x)) for f in (self.q, self.k, self.v))
+        rope = rope if self.turns else None
+        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, separate: Soft | None) -> Tensor:
         """What q (B, H, T, D) finds in k, v (B, G, S, D), and in separate soft tokens, projected: (B, T, C)."""
@@ -162,15 +165,15 @@ def norm(c: Config) -> nn.Module:
 class Block(nn.Module):
     """x + attention(norm(x)), then the same with the MLP."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, l: int = 0):
         super().__init__()
-        self.ln_1, self.attn = norm(c), Attention(c)
+        self.ln_1, self.attn = norm(c), Attention(c, l)
         self.ln_2, self.mlp = norm(c), MLP(c)
 
     def soft_kv(self, s: Tensor) -> Soft:
         """Keys and values of soft tokens s (B, P, C) that enter this block."""
         s = self.ln_1(s)  # at rotary position 0, where the rotation is the identity
-        return Soft(self.attn.heads(self.attn.k(s)), self.attn.heads(self.attn.v(s)))
+        return Soft(self.attn.k_norm(self.attn.heads(self.attn.k(s))), self.attn.heads(self.attn.v(s)))
 
     def forward(self, x: Tensor, rope: tuple | None, more: Context = Context(), mask: Tensor | None = None) -> tuple:
         """x (B, T, C) -> x (B, T, C) and its own keys and values (B, G, T, D); mask as of `attention_mask`."""
@@ -292,7 +295,7 @@ class Decoder(nn.Module):
         self.checkpointing = False  # True: a layer's activations are computed again for the backward pass, not kept
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         self.wpe = nn.Embedding(c.block_size, c.n_embd) if c.arch == "gpt2" else None
-        self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.h = nn.ModuleList(Block(c, l) for l in range(c.n_layer))
         self.ln_f = norm(c)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tied:
@@ -309,8 +312,7 @@ class Decoder(nn.Module):
                n: int | None = None) -> Tensor:  # fmt: skip
         """The last hidden states (B, T, C) of right-padded tokens idx (B, T); instr (B, T): True on what a tuner reads.
 
-        cache: to be filled; or what has been read, where the frozen model reads by itself.  n: how many states will be
-        used, at most, from the last token read on; the others may be anything.
+        cache: to be filled; or what the frozen model has read.  n: how many states behind it will be used, at most.
         """
         tuner, T = tuner or NO_TUNER, idx.shape[1]
         if tuner is not NO_TUNER and instr is None:
@@ -398,12 +400,11 @@ class Decoder(nn.Module):
         """Read right-padded prompts idx (B, T) of `length` (B,) tokens: logits (B, V) of the next one, and a Cache."""
         tuner, last = tuner or NO_TUNER, (torch.arange(len(idx), device=idx.device), length - 1)
         if tuner.act == "answer" or past is not None:
-            again = tuner is not NO_TUNER  # the last token once more, with what the tuner has written
-            cache = self.read(idx, length, tuner, room, past, whole=not again)
-            x = cache.last[last]
+            cache = self.read(idx, length, tuner, room, past, whole=tuner is NO_TUNER)
+            x = cache.last[last] if tuner is NO_TUNER else None
             self.write(cache, tuner)
             cache.states, cache.last, cache.instr = [], None, None  # decoding wants none of them
-            return self.step(idx[last], cache) if again else self.head(x), cache
+            return self.step(idx[last], cache) if x is None else self.head(x), cache
         cache, place = Cache(length, room), torch.arange(idx.shape[1], device=idx.device)
         x = self.hidden(idx, place < length[:, None], tuner, cache)  # all of a prompt is instruction
         return self.head(x[last]), cache

@@ -54,5 +54,5 @@ class Summary(IAPT):
         words, (S_k, S_v) = block.soft_kv(x), (block.attn.heads(s) for s in S.chunk(2, -1))
         A = A.mT[:, None]  # (B, 1, P, T)
         position = A[:, 0] @ torch.arange(A.shape[-1], device=A.device).float()  # (B, P)
-        rope = rotary(self.config, position) if self.config.arch == "llama" else None
+        rope = rotary(self.config, position) if self.config.arch == "llama" and block.attn.turns else None
         return Soft(rotate(A @ words.k.float() + S_k, rope), A @ words.v.float() + S_v)

@@ -65,7 +65,7 @@ class Cut(Tuner):
 
     def kv(self, block: Block, l: int, x: Tensor, instr: Tensor) -> Soft:
         words, place = block.soft_kv(x[:, 1 : self.P + 1]), torch.arange(x.shape[1], device=x.device)[1 : self.P + 1]
-        rope = rotary(self.config, place) if self.config.arch == "llama" else None
+        rope = rotary(self.config, place) if self.config.arch == "llama" and block.attn.turns else None
         return Soft(rotate(words.k, rope), words.v, instr[:, None, None, 1 : self.P + 1])
 
 

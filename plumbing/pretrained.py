@@ -1,4 +1,4 @@
-"""Hugging Face folders of GPT-2 and LLaMA models, read and written.
+"""Hugging Face folders of GPT-2, LLaMA, Mistral, Qwen2, Qwen3 and SmolLM3, read and written.
 
     load_pretrained(folder)          -> Decoder            config.json and model.safetensors, shards, or a .bin file
     save_pretrained(folder, model)                         writes config.json and model.safetensors
@@ -58,6 +58,7 @@ LLAMA = {
     "embed_tokens": "wte",
     "layers.{l}.input_layernorm": "h.{l}.ln_1",
     **{f"layers.{{l}}.self_attn.{x}_proj": f"h.{{l}}.attn.{x}" for x in "qkvo"},
+    **{f"layers.{{l}}.self_attn.{x}_norm": f"h.{{l}}.attn.{x}_norm" for x in "qk"},
     "layers.{l}.post_attention_layernorm": "h.{l}.ln_2",
     **{f"layers.{{l}}.mlp.{x}_proj": f"h.{{l}}.mlp.{x}" for x in ("gate", "up", "down")},
     "norm": "ln_f",
@@ -190,6 +191,15 @@ CONFIG = {  # ours: theirs
                   head_dim="head_dim", n_inner="intermediate_size", norm_eps="rms_norm_eps",
                   tied="tie_word_embeddings", attn_bias="attention_bias", mlp_bias="mlp_bias"),
 }  # fmt: skip
+# In what a family that is read as LLaMA differs from it, and what its config means where it says nothing.
+LIKE_LLAMA = {
+    "llama": ({}, {}),
+    "mistral": ({}, dict(block_size=131072, n_inner=14336, n_kv_head=8)),
+    "qwen2": (dict(attn_bias=True, o_bias=False), dict(vocab_size=151936, block_size=32768, n_inner=22016)),
+    "qwen3": (dict(qk_norm=True), dict(vocab_size=151936, block_size=32768, n_inner=22016, head_dim=128)),
+    "smollm3": (dict(no_rope=4), dict(vocab_size=128256, block_size=32768, n_layer=36, n_head=16, n_embd=2048,
+                                      n_kv_head=4, tied=True, rope_theta=2e6)),
+}  # fmt: skip
 # What transformers assumes where a config says nothing, if our Config assumes something else.
 HF_DEFAULTS = {
     "gpt2": dict(vocab_size=50257),
@@ -201,8 +211,16 @@ REQUIRED = {
     "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
              "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
              "quantization_config": (None,)},
-    "llama": {"hidden_act": ("silu", "swish"), "pretraining_tp": (1,), "sliding_window": (None,),
-              "quantization_config": (None,)},
+    "llama": {"hidden_act": ("silu", "swish"), "pretraining_tp": (1,), "quantization_config": (None,),
+              "logits_scaling": (None, 1), "residual_multiplier": (None, 1), "embedding_multiplier": (None, 1),
+              "attention_multiplier": (None,)},
+}  # fmt: skip
+# What a family would need that our decoder lacks.
+LACKING = {
+    "olmo2": "norms behind attention and MLP", "gemma": "scaled embeddings", "gemma2": "norms on both sides",
+    "gemma3_text": "norms on both sides", "granite": "multipliers of its own", "phi3": "fused projections",
+    "mixtral": "experts", "qwen3_moe": "experts", "qwen3_next": "layers without attention",
+    "lfm2": "layers without attention", "mamba": "layers without attention",
 }  # fmt: skip
 # The kinds of rotary scaling that our decoder has, and their parameters.
 ROPE = {"default": [], "linear": ["factor"],
@@ -218,17 +236,23 @@ def read_config(path: str) -> Config:
     if not os.path.exists(path):
         raise FileNotFoundError(f"no {path}: --init takes a folder with config.json, model.safetensors and a tokenizer")
     theirs = read_json(path)
-    arch = theirs.get("model_type") if isinstance(theirs, dict) else None
-    if not isinstance(arch, str) or arch not in CONFIG:
-        raise ValueError(f"{path}: model_type is {arch!r}; we have gpt2 and llama")
+    family = theirs.get("model_type") if isinstance(theirs, dict) else None
+    if not isinstance(family, str) or family not in ("gpt2", *LIKE_LLAMA):
+        lacking = f", which needs {LACKING[family]}" if isinstance(family, str) and family in LACKING else ""
+        raise ValueError(f"{path}: model_type is {family!r}{lacking}; we have gpt2, {', '.join(LIKE_LLAMA)}")
+    arch = "gpt2" if family == "gpt2" else "llama"
     for name, allowed in REQUIRED[arch].items():
         if theirs.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{path}: {name} is {theirs[name]!r}; our decoder has {allowed[0]!r}"[:300])
     values = {ours: theirs[name] for ours, name in CONFIG[arch].items() if theirs.get(name) is not None}
     try:
-        rope = read_rope(theirs) if arch == "llama" else {}
+        flags, defaults = LIKE_LLAMA.get(family, ({}, {}))
+        rope = read_rope(theirs, defaults) if arch == "llama" else {}
         check_values({CONFIG[arch].get(ours, ours): x for ours, x in {**values, **rope}.items()})
-        c = Config(arch=arch, **{**HF_DEFAULTS[arch], **values, **rope})
+        c = Config(arch=arch, **{**HF_DEFAULTS[arch], **defaults, **values, **rope, **flags})
+        read_layers(theirs, family, c)
+        if c.rope_scaling:
+            c.rope_scaling["speeds"] = rope_speeds(c)
         if "head_dim" not in values and c.n_embd % c.n_head:
             raise ValueError(f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}")
         if c.n_head % c.n_kv_head:
@@ -238,6 +262,32 @@ def read_config(path: str) -> Config:
         return c
     except (TypeError, ValueError, AttributeError) as e:
         raise ValueError(f"{path}: {str(e)[:300]}") from None
+
+
+def read_layers(theirs: dict, family: str, c: Config):
+    """Set what differs from layer to layer: which have no positions, and how far they look.
+
+    Within its window a layer looks at all tokens, so a window is the most that our decoder takes.  Raises ValueError
+    for kinds of layers that it lacks.
+    """
+    kinds = set(theirs.get("layer_types") or []) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ValueError(f"layer_types has {min(kinds)!r}; our decoder has full_attention")
+    window = theirs.get("sliding_window", 4096 if family == "mistral" else None)
+    if window is not None and theirs.get("use_sliding_window", family in ("mistral", "llama")):
+        check_values({"sliding_window": window})
+        c.block_size = min(c.block_size, window)
+    every = theirs.get("no_rope_layer_interval", c.no_rope)
+    turned = theirs.get("no_rope_layers") or layers_with_rope(every, c.n_layer)
+    fitting = [n for n in {0, every} if turned == layers_with_rope(n, c.n_layer)]
+    if not fitting or (max(fitting) and family != "smollm3"):
+        raise ValueError(f"no_rope_layers is {turned}; our decoder leaves out each so many layers, of smollm3")
+    c.no_rope = max(fitting)
+
+
+def layers_with_rope(every: int, n_layer: int) -> list[int]:
+    """1 for each layer with rotary positions, 0 for the last of each `every` (0: none of them)."""
+    return [int(not every or (l + 1) % every > 0) for l in range(n_layer)]
 
 
 def check_values(values: dict):
@@ -255,12 +305,12 @@ def check_values(values: dict):
             raise ValueError(f"{name} must be a positive whole number, got {x!r}")
 
 
-def read_rope(theirs: dict) -> dict:
+def read_rope(theirs: dict, defaults: dict) -> dict:
     """Rotary theta and scaling, in the old spelling (rope_theta, rope_scaling) or the new one (rope_parameters).
 
     Raises ValueError for a kind of scaling that our decoder lacks, and for parameters that are missing.
     """
-    rope = {"rope_theta": theirs.get("rope_theta") or 10000.0}
+    rope = {"rope_theta": theirs.get("rope_theta") or defaults.get("rope_theta", 10000.0)}
     rope |= {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
     if "original_max_position_embeddings" in theirs:
         rope["original_max_position_embeddings"] = theirs["original_max_position_embeddings"]
@@ -276,13 +326,34 @@ def read_rope(theirs: dict) -> dict:
     return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
+def rope_speeds(c: Config) -> list[float]:
+    """How fast each pair of a head turns, of what it would without scaling: "llama3" slows the slow ones, "linear" all.
+
+    A pair that turns high_freq_factor times within the context that a model was made for keeps its speed.
+    """
+    get = c.rope_scaling.get
+    turns = (
+        get("original_max_position_embeddings", 0) / (2 * math.pi) * c.rope_theta ** -(np.arange(0, 1, 2 / c.head_dim))
+    )
+    low, high = get("low_freq_factor", 1), get("high_freq_factor", 4)
+    kept = ((turns - low) / (high - low)).clip(0, 1)
+    return (kept + (1 - kept) / get("factor")).tolist()
+
+
 def write_config(c: Config) -> dict:
     """config.json's content for a Config, as transformers reads it."""
-    classes = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
     activation = {"gpt2": "activation_function", "llama": "hidden_act"}[c.arch]
     values = {name: getattr(c, ours) for ours, name in CONFIG[c.arch].items()}
-    rope = {} if c.arch == "gpt2" else {"rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling}
-    named = {"model_type": c.arch, "architectures": [classes[c.arch]], activation: REQUIRED[c.arch][activation][0]}
+    scaling = {name: x for name, x in c.rope_scaling.items() if name != "speeds"} if c.rope_scaling else None
+    rope = {} if c.arch == "gpt2" else {"rope_theta": c.rope_theta, "rope_scaling": scaling}
+    family, name = "gpt2", "GPT2LMHeadModel"
+    if c.arch == "llama":
+        fits = {"qwen3": c.qk_norm, "smollm3": c.no_rope, "qwen2": c.attn_bias and not c.o_bias, "llama": True}
+        family = next(family for family, fit in fits.items() if fit)
+        name = {"qwen3": "Qwen3", "smollm3": "SmolLM3", "qwen2": "Qwen2", "llama": "Llama"}[family] + "ForCausalLM"
+    if c.no_rope:
+        rope |= {"no_rope_layers": layers_with_rope(c.no_rope, c.n_layer), "no_rope_layer_interval": c.no_rope}
+    named = {"model_type": family, "architectures": [name], activation: REQUIRED[c.arch][activation][0]}
     return {**named, **values, **rope}
 
 

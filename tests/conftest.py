@@ -79,7 +79,7 @@ def shake(module, scale=0.3, seed=1):
 
 
 def small_model(arch, **config):
-    """Two layers with every tensor random, LLaMA's with grouped queries.
+    """Two layers with every tensor random, LLaMA's with grouped queries; "qk-norm" has the norms of Qwen3's heads, too.
 
     The head is not tied, and large: so greedy continuations vary, and do not just repeat a token.
     """
@@ -91,9 +91,10 @@ def small_model(arch, **config):
         "n_layer": 2,
         "n_head": 4,
         "n_embd": 32,
-        "n_kv_head": 2 if arch == "llama" else 4,
+        "n_kv_head": 4 if arch == "gpt2" else 2,
     }
-    return shake(Decoder(Config(**{**sizes, "arch": arch, **config})), 0.3).requires_grad_(False)
+    kind = {"arch": "llama", "qk_norm": True} if arch == "qk-norm" else {"arch": arch}
+    return shake(Decoder(Config(**{**sizes, **kind, **config})), 0.3).requires_grad_(False)
 
 
 def small_tuner(method, model, options=(), act="all"):

@@ -23,6 +23,8 @@ LLAMA = dict(
 LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LLAMA3["original_max_position_embeddings"] = 16
 
+THETA = {"rope_type": "default", "rope_theta": 100.0}
+
 VARIANTS = {  # name: (configuration, how the files are changed after save_pretrained)
     "gpt2": (GPT2, None),
     "gpt2-untied": ({**GPT2, "tie_word_embeddings": False, "n_inner": 40}, None),
@@ -43,6 +45,11 @@ VARIANTS = {  # name: (configuration, how the files are changed after save_pretr
     "llama-bf16": (LLAMA, "bfloat16"),
     "llama-fp16": (LLAMA, "float16"),
     "llama-shards": (LLAMA, "shards"),
+    "mistral": ({**LLAMA, "sliding_window": None}, None),
+    "mistral-window": ({**LLAMA, "sliding_window": 24}, None),
+    "qwen2": ({**LLAMA, "tie_word_embeddings": True, "sliding_window": 4}, None),
+    "qwen3": ({**LLAMA, "head_dim": 6, "num_hidden_layers": 3}, None),
+    "smollm3": ({**LLAMA, "num_hidden_layers": 5, "rope_parameters": THETA, "pad_token_id": 0}, None),
 }  # fmt: skip
 
 
@@ -53,7 +60,9 @@ def make(name, folder):
     from plumbing import pretrained
 
     config, change = VARIANTS[name]
-    kind, names = ("GPT2", "LMHeadModel") if "n_embd" in config else ("Llama", "ForCausalLM")
+    kind = {"gpt2": "GPT2", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}
+    kind = kind.get(name.split("-")[0], "Llama")
+    names = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
     config = getattr(transformers, f"{kind}Config")(**config, bos_token_id=0, eos_token_id=1)
     torch.manual_seed(sum(map(ord, name)))
     model = getattr(transformers, kind + names)(config).eval()

@@ -81,12 +81,12 @@ def wrong_eps(monkeypatch):
 
 def rope_scaling_ignored(monkeypatch):
     real = pretrained.read_rope
-    monkeypatch.setattr(pretrained, "read_rope", lambda theirs: {**real(theirs), "rope_scaling": None})
+    monkeypatch.setattr(pretrained, "read_rope", lambda *args: {**real(*args), "rope_scaling": None})
 
 
 def rope_theta_ignored(monkeypatch):
     real = pretrained.read_rope
-    monkeypatch.setattr(pretrained, "read_rope", lambda theirs: {**real(theirs), "rope_theta": 10000.0})
+    monkeypatch.setattr(pretrained, "read_rope", lambda *args: {**real(*args), "rope_theta": 10000.0})
 
 
 def adjacent_pairs_rotated(monkeypatch):
@@ -112,6 +112,22 @@ def key_value_heads_dealt_out_in_turn(monkeypatch):
     monkeypatch.setattr(model_py.Attention, "mix", mix)
 
 
+def norms_of_heads_ignored(monkeypatch):
+    real = pretrained.load_pretrained
+
+    def load(folder):
+        model = real(folder)
+        for block in model.h:
+            block.attn.q_norm = block.attn.k_norm = torch.nn.Identity()
+        return model
+
+    monkeypatch.setattr(pretrained, "load_pretrained", load)
+
+
+def all_layers_have_positions(monkeypatch):
+    monkeypatch.setattr(model_py.Attention, "turns", property(lambda self: True, lambda self, x: None), raising=False)
+
+
 MISTAKES = [
     (erf_gelu, "gpt2"),
     (no_transposition, "gpt2"),
@@ -122,6 +138,8 @@ MISTAKES = [
     (rope_scaling_ignored, "llama-llama3"),
     (rope_theta_ignored, "llama-theta"),
     (adjacent_pairs_rotated, "llama"),
+    (norms_of_heads_ignored, "qwen3"),
+    (all_layers_have_positions, "smollm3"),
     (key_value_heads_dealt_out_in_turn, "llama"),
 ]
 

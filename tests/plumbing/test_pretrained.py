@@ -14,6 +14,9 @@ VARIANTS = [
     ("gpt2", {}),
     ("llama", {"tied": True}),
     ("llama", {"attn_bias": True, "mlp_bias": True, "head_dim": 16}),
+    ("llama", {"attn_bias": True, "o_bias": False}),  # Qwen2
+    ("qk-norm", {"head_dim": 16}),  # Qwen3
+    ("llama", {"no_rope": 2}),  # SmolLM3
 ]
 
 
@@ -133,17 +136,22 @@ def test_a_git_lfs_pointer_in_place_of_a_shard_is_named(tmp_path):
         pretrained.load_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_what_a_config_does_not_say_is_what_transformers_assumes(arch, tmp_path):
+@pytest.mark.parametrize("family", ["gpt2", *pretrained.LIKE_LLAMA])
+def test_what_a_config_does_not_say_is_what_transformers_assumes(family, tmp_path):
     """Its sizes would fit other tensors, but a number of heads or an eps fits any."""
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": arch}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     ours = pretrained.read_config(tmp_path / "config.json")
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    for name, their_name in pretrained.CONFIG[arch].items():
+    theirs.max_position_embeddings = min(
+        theirs.max_position_embeddings, getattr(theirs, "sliding_window", None) or 10**9
+    )
+    for name, their_name in pretrained.CONFIG[ours.arch].items():
         if getattr(theirs, their_name, None) is not None:
             assert getattr(ours, name) == getattr(theirs, their_name), name
-    assert ours.n_inner == (theirs.n_inner or 4 * 768 if arch == "gpt2" else theirs.intermediate_size)
+    assert ours.n_inner == (theirs.n_inner or 4 * 768 if family == "gpt2" else theirs.intermediate_size)
+    if family != "gpt2":
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +174,14 @@ def test_what_a_config_does_not_say_is_what_transformers_assumes(arch, tmp_path)
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, got 'false'"),
         ({"attention_bias": 1}, "attention_bias must be true or false, got 1"),
         ({"num_key_value_heads": 3}, "n_head=4 is not a multiple of n_kv_head=3"),
+        ({"model_type": "olmo2"}, "'olmo2', which needs norms behind attention and MLP; we have gpt2, llama, mistral"),
+        ({"model_type": "t5"}, "model_type is 't5'; we have gpt2, llama, mistral, qwen2, qwen3, smollm3"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers is \\[1, 0\\]; our decoder leaves out each so many layers"),
+        ({"model_type": "smollm3", "no_rope_layers": [0, 1]}, "no_rope_layers is \\[0, 1\\]"),
+        ({"logits_scaling": 8.0}, "logits_scaling is 8.0; our decoder has None"),
+        ({"residual_multiplier": 0.2}, "residual_multiplier is 0.2; our decoder has None"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "layer_types has 'linear_attention'; our decoder"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": "4"}, "sliding_window must be a"),
     ],
 )  # fmt: skip
 def test_a_value_that_makes_no_sense_is_refused_by_name(changes, says, tmp_path):
