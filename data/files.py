@@ -146,7 +146,7 @@ def fold_names(record: dict) -> dict:
         name = str(key).strip().casefold()
         if name in columns:
             raise ValueError(f"it has the column {name[:80]!r} twice")
-        columns[name] = value
+        columns[name] = None if value != value else value  # NaN: how pandas writes a cell that is missing
     return columns
 
 
@@ -168,7 +168,7 @@ def as_text(value: object) -> object:
 
 def take_texts(columns: dict, record: dict, plain: bool) -> dict:
     """Remove the columns of the three texts, and return them as a row.  plain: prompt and output may be plain text."""
-    if "mr" in columns:  # the E2E data: restaurants
+    if {"mr", "ref"} <= set(columns) and not any(name in columns for name in TEXTS["instruction"]):  # the E2E data
         output = columns.pop("ref", None)
         return {"instruction": "Describe the restaurant.", "input": columns.pop("mr"), "output": output}
     names = {}
@@ -181,10 +181,7 @@ def take_texts(columns: dict, record: dict, plain: bool) -> dict:
     row = {key: columns.pop(name) for key, name in names.items() if name}
     if plain and names["instruction"] == "prompt" and names["output"] == "output" and is_empty(row.get("input")):
         return {"prompt": row["instruction"], "output": row["output"]}
-    for key in row:
-        if names[key] != key or key == "input" and row[key] is None:  # under our own names, only text is a text
-            row[key] = as_text(row[key])
-    return row
+    return {key: as_text(value) if value is not None or key != "instruction" else None for key, value in row.items()}
 
 
 # -- Chats -------------------------------------------------------------------------------------------------------------
@@ -217,11 +214,11 @@ def read_turns(chat: object, column: str, columns: dict) -> list[Turn]:
             continue
         parts = fold_names(message) if isinstance(message, dict) else {}
         role = take(parts, ("role", "from"))
-        content = next((parts.pop(name) for name in ("content", "value") if name in parts), None)
+        content = join_parts(next((parts.pop(name) for name in ("content", "value") if name in parts), None))
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(f"a turn of its {column} has no role and content, both text: {str(message)[:60]}")
         role = role.strip().casefold()
-        weight = parts.pop("weight", None)
+        weight = next((parts.pop(name) for name in ("weight", "train", "loss") if name in parts), None)
         try:
             weight = 1.0 if weight is None else float(weight)
         except (TypeError, ValueError):
@@ -229,6 +226,16 @@ def read_turns(chat: object, column: str, columns: dict) -> list[Turn]:
         turns.append(Turn(ROLES.get(role, role), content, weight))
         columns.update({f"{column}.{name}": value for name, value in parts.items() if not is_empty(value)})
     return turns
+
+
+def join_parts(content: object) -> object:
+    """The text of a content that is a list of parts, [{"type": "text", "text": "..."}]; another content as it is."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) and "type" in part for part in content):
+        return content
+    for part in content:
+        if part["type"] != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"a message has a part of type {str(part['type'])[:40]!r}: we read text")
+    return "".join(part["text"] for part in content)
 
 
 def split_chat(turns: list[Turn]) -> tuple[dict, list[Turn]]:
@@ -335,5 +342,5 @@ def split_by_instruction(rows: list[dict], seed: int = 0, share: float = 0.1) ->
 
 def label_words(rows: list[dict], limit: int = 10) -> list[str]:
     """The outputs of rows, if they are so few, and so often the same, that they are classes; else none."""
-    words = sorted({row["output"].strip() for row in rows})
+    words = sorted({row["output"].rstrip() for row in rows})
     return words if 2 <= len(words) <= limit and len(rows) >= 10 * len(words) else []

@@ -112,6 +112,7 @@ def map_columns(record: dict, ignored: set[str] | None, mapping: dict[str, str],
     labels     {value of the output: the word that takes its place}
     """
     row = {"input": ""}
+    record = {name: None if value != value else value for name, value in record.items()}  # NaN: missing, as in pandas
     unused = set(record)
     for key, text in mapping.items():
         if text in record:
@@ -120,14 +121,16 @@ def map_columns(record: dict, ignored: set[str] | None, mapping: dict[str, str],
             row[key] = to_text(record[text])
             unused.discard(text)
             continue
-        names = re.findall(r"\{([^{}]*)\}", text)
+        names = re.findall(r"\{([^{}]*)\}", re.sub(r"\{\{|\}\}", "", text))
         folded = {str(column).casefold().strip() for column in record}
         if not names and (key == "output" or " " not in text or text.casefold().strip() in folded):
             names = [text]  # no column is part of it: a slip, unless it is a sentence that all rows share
         for name in names:
             if name not in record:
                 raise ValueError(f"there is no column {name!r} for {key}. It has: {column_names(record)}")
-        row[key] = re.sub(r"\{([^{}]*)\}", lambda m: to_text(record[m[1]]), text)
+        row[key] = re.sub(
+            r"\{\{|\}\}|\{([^{}]*)\}", lambda m: to_text(record[m[1]]) if m[1] is not None else m[0][0], text
+        )
         unused.difference_update(names)
     if system := row.pop("system", ""):
         row["history"] = [{"role": "system", "content": system}]

@@ -88,7 +88,7 @@ def accuracy(
     prompts = [(e.prompt if e.hidden else shorten(e.prompt, room, tokenizer, layout), e.hidden) for e in examples]
     nats = score_examples(model, [Example(ids, word, n) for ids, n in prompts for word in words], tuner).nats
     best = nats.view(len(prompts), -1).argmin(1).tolist()
-    return sum(labels[i] == row["output"].strip() for i, row in zip(best, rows)) / len(rows)
+    return sum(labels[i] == row["output"].rstrip() for i, row in zip(best, rows)) / len(rows)
 
 
 class Session(NamedTuple):

@@ -122,7 +122,10 @@ class ChatTemplate(Template):
     def response_ids(self, row: dict, tokenizer: Tokenizer) -> list[int]:
         if "instruction" not in row:
             return super().response_ids(row, tokenizer)
-        text = self.lead + tokenizer.protect(row["output"].rstrip()) + self.close
+        output = row["output"].rstrip()
+        if opened := re.search(r"(<[\w|]+>)\s*$", self.tail):  # the template has begun the answer, with <think> say
+            output = re.sub(rf"^\s*{re.escape(opened[1])}\n?", "", output)
+        text = self.lead + tokenizer.protect(output) + self.close
         ids = tokenizer.encode_chat(self.tail + text)
         tail = tokenizer.encode_chat(self.tail)
         # As a continuation of the prompt, whose ids do not depend on the answer: they must not be merged with its own.

@@ -134,9 +134,9 @@ def test_a_file_that_is_no_text_is_called_what_it_is(tmp_path, name, content, ki
     [
         ("a.jsonl", '{"question": "?"}\n', "line 1: it has question; it needs instruction and output"),
         ("a.jsonl", '{"instruction": "?", "output": "x"}\n\n[1]\n', "line 3: it has .1.; it needs"),
-        ("a.jsonl", '{"instruction": "?", "output": 3}\n', "line 1: output is 3, and should be text"),
         ("a.jsonl", '{"instruction": null, "output": "x"}\n', "line 1: instruction is None, and should be text"),
-        ("a.jsonl", '{"instruction": "?", "output": "x", "input": 5}\n', "line 1: input is 5, and should be text"),
+        ("a.jsonl", '{"instruction": "?", "output": ["x"]}\n', "line 1: output is .'x'., and should be text"),
+        ("a.jsonl", '{"question": "?", "answer": NaN}\n', "line 1: output is empty"),
         ("a.jsonl", '{"question": "?", "answer": ["x"]}\n', "line 1: output is .'x'., and should be text"),
         ("a.jsonl", '{"instruction": "?", "output": " "}\n', "line 1: output is empty"),
         ("a.jsonl", '{"instruction": "?", "output": "x", "output": "y"}\n', "line 1: it has the key 'output' twice"),
@@ -164,7 +164,7 @@ def test_a_file_that_is_no_text_is_called_what_it_is(tmp_path, name, content, ki
         ),
         ("a.jsonl", b"\xff\xfe{\x00}", "a.jsonl cannot be read: 'utf-16"),
         ("a.txt", "instruction,output\nx,y\n", "a.txt has no name that tells its format. We read .jsonl, .ndjson"),
-        ("a.csv", "instruction,output\nx\n", "line 2: output is None"),
+        ("a.csv", "instruction,output\nx\n", "line 2: output is empty"),
         ("a.csv", "instruction,output\nx,y,z\n", "line 2: it has more columns than the first line: ..z.."),
         ("a.csv", "instruction,output,Output\nx,y,z\n", "its first line names the column 'output' twice"),
         ("a.csv", 'instruction,output\nx,y\nx,"y' + "y" * 200 + "\n", "line 3: unexpected end of data"),
@@ -352,7 +352,8 @@ def test_unused_keys_of_messages_are_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "no role and content, both text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a message has a part of type 'text'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "text": "x"}]}]}, "part of type 'image'"),
         ({"messages": [{"role": 7, "content": "a"}]}, "no role and content, both text"),
         ({"messages": ["hello"]}, "no role and content, both text: hello"),
         ({"messages": {"role": "user"}}, "messages is .*, and should be a list"),
@@ -428,3 +429,38 @@ def test_e2e_s_folder_is_split_by_meaning_and_keeps_its_test_file():
     assert sorted(rows) == ["test", "train", "val"] and len(rows["test"]) == 4693
     assert len(rows["train"]) + len(rows["val"]) == 4672
     assert not {row["input"] for row in rows["train"]} & {row["input"] for row in rows["val"]}
+
+
+@pytest.mark.parametrize("question, answer", [("question", "answer"), ("instruction", "output")])
+def test_nan_is_a_value_that_is_missing_and_no_word(question, answer, tmp_path):
+    record = {question: "?", answer: float("nan")}
+    with pytest.raises(ValueError, match="line 1: output is empty"):
+        read_rows(written(tmp_path / "a.jsonl", lines([record])))
+    row = from_known_format({**LIMA, "input": float("nan"), "history": float("nan"), "system": float("nan")})
+    assert not row.get("input") and "history" not in row
+
+
+@pytest.mark.parametrize("value, text", [(3, "3"), (True, "true"), (0.5, "0.5")])
+def test_a_number_is_text_under_any_name(value, text):
+    assert from_known_format({"instruction": "?", "output": value})["output"] == text
+    assert from_known_format({"question": "?", "answer": value})["output"] == text
+
+
+@pytest.mark.parametrize("name", ["weight", "train", "loss"])
+def test_an_answer_that_is_marked_as_not_to_be_learned_is_read_alone(name):
+    record = chat(("user", "a ?"), ("assistant", "b"), ("user", "c ?"), ("assistant", "d"))
+    record["messages"][3][name] = False
+    assert from_known_format(record)["output"] == "b"
+    record["messages"][3][name] = True
+    assert from_known_format(record)["output"] == "d"
+
+
+def test_parts_of_a_message_that_are_text_are_one_text():
+    record = chat(("user", [{"type": "text", "text": "a "}, {"type": "text", "text": "?"}]), ("assistant", "b"))
+    assert from_known_format(record)["instruction"] == "a ?"
+
+
+def test_a_column_that_is_called_as_e2e_s_is_one_only_where_nothing_else_says_what_is_asked():
+    row = from_known_format({"instruction": "Summarize.", "output": "b", "mr": 12, "ref": "main"})
+    assert (row["instruction"], row["output"]) == ("Summarize.", "b")
+    assert from_known_format({"mr": "name[x]", "ref": "b"})["instruction"] == "Describe the restaurant."

@@ -185,6 +185,19 @@ def test_a_line_with_a_comma_too_many_is_no_row_whatever_is_mapped(tmp_path):
     assert prepare.parse_pairs(["0=bad,1=good,-1=awful"], "--labels") == {"0": "bad", "1": "good", "-1": "awful"}
 
 
+def test_doubled_braces_of_a_mapping_are_braces():
+    mapping = {"instruction": 'Reply with {{"label": 0}}: {text} {{text}}', "output": "stars"}
+    row = prepare.map_columns({"text": "a", "stars": "1"}, None, mapping, {})
+    assert row["instruction"] == 'Reply with {"label": 0}: a {text}'
+
+
+def test_nan_is_a_cell_that_is_missing():
+    mapping = {"instruction": "text", "input": "more", "output": "stars"}
+    assert prepare.map_columns({"text": "a", "more": float("nan"), "stars": 1}, None, mapping, {})["input"] == ""
+    with pytest.raises(ValueError, match="its stars is empty"):
+        prepare.map_columns({"text": "a", "more": "", "stars": float("nan")}, None, mapping, {})
+
+
 @pytest.mark.parametrize("ext", ["csv", "tsv", "json", "jsonl"])
 def test_columns_of_any_file_can_be_mapped(tmp_path, ext):
     rows = [{"title": f"t{i}", "text": f'"quoted, a text {i}', "stars": str(i % 2), "none": ""} for i in range(40)]

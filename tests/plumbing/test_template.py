@@ -131,6 +131,17 @@ def test_what_is_learned_is_what_the_template_writes_up_to_the_end_of_an_answer(
     assert layout.answer_text(ids[:-1], tokenizer) == "b"
 
 
+@pytest.mark.parametrize("output", ["<think>\n3 and 4\n</think>\n\n7", "3 and 4\n</think>\n\n7"])
+def test_what_a_template_has_begun_the_answer_with_is_not_said_again(folder, output):
+    """As R1's distilled models do it: the prompt ends with <think>, and so does not what is learned begin with it."""
+    source = BARE.removesuffix("{% endif %}") + "<think>\n{% endif %}"
+    tokenizer = tokenizer_with(folder, source)
+    template = ChatTemplate(tokenizer)
+    row = {"instruction": "q", "output": output}
+    assert tokenizer.decode(template.prompt_ids(row, tokenizer)).endswith("assistant: <think>\n")
+    assert tokenizer.decode(template.response_ids(row, tokenizer)).startswith("3 and 4\n</think>")
+
+
 def test_a_prompt_that_is_shortened_still_asks_for_an_answer(folder):
     tokenizer = tokenizer_with(folder, LLAMA3)
     template = ChatTemplate(tokenizer)

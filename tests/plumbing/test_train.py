@@ -23,7 +23,8 @@ from conftest import ROOT, SHIPPED, SMALL, run_in, same_run, shared, tensors
 import sample
 import train
 from baselines import METHODS, build
-from data import TINY, Tokenizer, collate, encode, load_splits
+from data import TINY, Tokenizer, collate, encode, load_splits, scores
+from data.files import label_words
 from data.scores import accuracy, evaluate, score_examples
 from iapt import IAPT
 from model import Config, Tuner
@@ -217,6 +218,18 @@ def test_exact_match_agrees_with_the_answers_for_every_kind_of_tokenizer_and_wit
     answers = sample.answer(model, tokenizer, rows, max_new=40)
     assert exact == sum(answer == row["output"] for answer, row in zip(answers, rows)) / len(rows)
     assert 0 < exact < 1
+
+
+def test_label_words_are_those_that_are_trained_with_the_space_that_they_begin_with():
+    """Older files of OpenAI's have such completions; without it, words are compared that were never trained."""
+    rows = [{"instruction": f"{i} ?", "output": [" good", " bad\n"][i % 2]} for i in range(40)]
+    assert label_words(rows) == [" bad", " good"]
+    session = train.open_session(train.parse(["--data", "tiny"]), "cpu", torch.float32)
+    examples, scored, real = encode(rows, session.tokenizer, 256), [], scores.score_examples
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scores, "score_examples", lambda model, given, tuner: scored.extend(given) or real(model, given))
+        accuracy(session.model, session.tokenizer, rows, examples, label_words(rows))
+    assert {tuple(e.response) for e in scored} == {tuple(e.response) for e in examples}
 
 
 def test_answers_that_are_label_words_are_scored_by_accuracy_among_them(tmp_path, capsys):
