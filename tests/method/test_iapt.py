@@ -13,7 +13,7 @@ from conftest import generator_of, right_padded, shake, small_model, small_tuner
 
 import iapt
 from baselines import Constants, PTuning2
-from iapt import IAPT, PaperGenerator, PaperIAPT, Rational, RationalFunction
+from iapt import IAPT, Generator, PaperGenerator, PaperIAPT, Rational, RationalFunction
 from model import Config, Context, Soft, Tuner, attention_mask, rotary
 
 # -- The activation ----------------------------------------------------------------------------------------------------
@@ -285,6 +285,7 @@ def test_the_paper_s_form_starts_as_states_of_different_words_that_stand_alone(m
         cosines = F.normalize(x) @ F.normalize(generator.W_up).mT  # (words, m)
         assert (cosines.amax(0) > 1 - 1e-5).all()
         assert len(cosines.argmax(0).unique()) > 1  # not m times the same word
+        torch.testing.assert_close(generator.W_up.square().mean(1), torch.ones(6), atol=1e-4, rtol=1e-4)
 
 
 def test_prepending_soft_tokens_and_discarding_them_equals_extra_keys_and_values(model):
@@ -367,6 +368,12 @@ def test_decay_pulls_no_coefficient_and_no_constant_towards_zero(model):
         *map(id, tuner.values),
     }
     assert {id(p) for group in tuner.groups(1.0) if group.get("weight_decay") == 0.0 for p in group["params"]} == exempt
+
+
+def test_scores_of_a_reading_start_with_a_variance_of_one_whatever_the_size():
+    for m in (100, 900):
+        generator = Generator(torch.nn.Parameter(torch.randn(4, m)), 2, 64, "gelu")
+        assert generator.W_sa.std().item() * m**0.5 == pytest.approx(1, abs=0.05)
 
 
 def test_a_wider_model_gets_a_smaller_rate():

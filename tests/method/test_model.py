@@ -10,7 +10,7 @@ from conftest import right_padded, shared, small_model, small_tuner
 from baselines import METHODS
 from baselines.embedded import Embedded, EmbeddedTuner
 from data import Tokenizer
-from model import Soft, Tuner, attention_mask, rotary
+from model import Config, Soft, Tuner, attention_mask, rotary, rotate
 from plumbing.caches import beam_search, read_prefix
 from plumbing.compiling import compiled_step
 from plumbing.head_loss import HeadLoss, head_loss
@@ -127,6 +127,14 @@ def test_grouped_queries_equal_repeated_keys_and_values():
     plain.load_state_dict(state)
     idx = torch.randint(0, 50, (2, 10))
     torch.testing.assert_close(grouped(idx), plain(idx), atol=1e-5, rtol=1e-5)
+
+
+def test_queries_are_turned_in_fp32_and_rounded_once():
+    config, x = Config(vocab_size=9, n_head=2, n_embd=64, arch="llama"), torch.randn(1, 2, 8, 32).bfloat16()
+    rope = rotary(config, torch.arange(1000, 1008))
+    assert torch.equal(rotate(x, rope), rotate(x.float(), rope).bfloat16())
+    near, far = (rotate(x.float(), rotary(config, torch.tensor([at]))) for at in (1000.0, 1001.0))
+    assert (near - far).abs().max() > 0.5  # bf16 cannot tell these positions apart
 
 
 def test_rotary_attention_depends_on_distances_alone():
