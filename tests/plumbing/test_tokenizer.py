@@ -139,6 +139,8 @@ def any_tokenizer(request, words):
     """A tokenizer of every kind."""
     if request.param == "words":
         return words
+    if request.param == "tinystories-656k-llama":
+        pytest.importorskip("tokenizers", reason="pip install tokenizers")
     return Tokenizer.load(shared("checkpoints" if "tiny" in request.param else "tokenizers", request.param))
 
 

@@ -201,6 +201,8 @@ TEXTS = [
 )
 def test_exact_match_agrees_with_the_answers_for_every_kind_of_tokenizer_and_with_end_tokens_in_texts(where):
     """A small model learns some rows by heart, and others not: the share that is scored is the share that it says."""
+    if where[-1] == "tinystories-656k-llama":
+        pytest.importorskip("tokenizers", reason="pip install tokenizers")
     tokenizer = Tokenizer.load(TINY if where[0] == "data" else shared(*where))
     rows = [{"instruction": f"say {i}", "output": text} for i, text in enumerate(TEXTS)]
     if where[-1] == "tinystories-656k-llama":
@@ -503,6 +505,8 @@ def no_hub(monkeypatch, tmp_path):
 @pytest.mark.parametrize("place", ["/nowhere/story", "story", "models/story"])
 def test_where_the_model_s_folder_has_moved_the_option_that_names_it_is_named(place, trained, tmp_path, no_hub):
     """models/story could be a name on the hub, which is not to be blamed."""
+    if place == "models/story":
+        pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub: other hubs are reached through it")
     content = load_checkpoint(trained)
     content["meta"]["init"] = place
     torch.save(content, tmp_path / "best.pt")
