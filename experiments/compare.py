@@ -178,7 +178,7 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
     arrays = {}
     with tuned(options, own, folder) as (session, tuner):
         model, sets = session.model, {name: session.examples[name] for name in session.tests}
-        if session.tokenizer.vocab_size > 5000:  # tiny's model has never seen English
+        if session.tokenizer.vocab_size > 5000 and "--hide-instruction" not in options:  # tiny's has never seen English
             sets["plain"] = plain_examples(session.tokenizer)
         for name, examples in sets.items():
             nats, wrong, kl = score_examples(model, examples, tuner)

@@ -4,6 +4,7 @@
     python -m experiments.hidden rows --data data/alpaca --out data/alpaca-input
     python -m experiments.hidden untrained --init HuggingFaceTB/SmolLM2-135M-Instruct --data data/alpaca-input
     python -m experiments.compare hidden --methods summary,summary-12,constants,iapt
+    python -m experiments.hidden shares out/untrained.npz out/compare/hidden/scores.npz
     python -m experiments.hidden texts out/summary out/summary-12
     python -m experiments.hidden answers --data prompts.jsonl --out data/answers    # for rows without outputs
 
@@ -30,6 +31,7 @@ from data.files import fill_missing_splits, write_rows
 from data.scores import BLIND, Session, score_examples
 from data.template import make_template
 from experiments.bench import machine
+from experiments.report import Scores, markdown
 from model import Block, Config, Soft, Tuner, rotary, rotate
 from plumbing.cli import Parser, add_device_options, at_least, pick_device, run
 from plumbing.files import read_text, replacing, write_json
@@ -95,6 +97,40 @@ def open_session(args: Namespace) -> Session:
     device, dtype, _ = pick_device(args.device, args.dtype)
     options = ["--init", args.init, "--data", args.data, "--hide-instruction", "--val-rows", "0"]
     return train.open_session(train.parse(options), device, dtype)
+
+
+# -- How much of it is left --------------------------------------------------------------------------------------------
+
+
+def shares(args: Namespace):
+    """How much of the divergence of the blind model each method takes away: 1 - divergence / blind divergence."""
+    rows = []
+    for name, (kl, nats, mean, low, high) in gaps(args.files, args.split).items():
+        rows.append([name, f"{kl:.3f}", f"{mean:.1%} ({low:.1%} to {high:.1%})", f"{nats:.3f}"])
+    print("\n".join(markdown(["method", "divergence", "taken away", "nats per token"], rows)))
+
+
+def gaps(paths: list[str], split: str) -> dict[str, tuple[float, ...]]:
+    """{method: (divergence, nats per token, share of the blind divergence that is gone, its 95 % interval)}.
+
+    The files hold scores of the same rows, one of them those of "blind".  The bootstrap draws rows and seeds.
+    """
+    files = [Scores(path) for path in paths]
+    runs = {name: scores for scores in files for name in scores.seeds}
+    if "blind" not in runs or not runs["blind"].get("blind", split, "kl"):
+        raise ValueError(f"{', '.join(paths)}: no scores of the blind model on {split}, which `untrained` writes")
+    blind = runs["blind"].get("blind", split, "kl")[0]
+    rng, rows = np.random.default_rng(0), {}
+    weights = rng.multinomial(len(blind), np.full(len(blind), 1 / len(blind)), size=2000)
+    for name, scores in runs.items():
+        kl = np.stack(scores.get(name, split, "kl") or [np.zeros_like(blind)])
+        if kl.shape[1] != len(blind):
+            raise ValueError(f"{name} was scored on {kl.shape[1]} rows, the blind model on {len(blind)}")
+        drawn = kl[rng.integers(len(kl), size=(2000, len(kl)))].mean(1)
+        share, mean = 1 - (drawn * weights).sum(1) / (weights @ blind), kl.mean(0).sum()
+        nats, tokens = np.mean(scores.get(name, split), 0).sum(), scores.tokens(split).sum()
+        rows[name] = mean / tokens, nats / tokens, 1 - mean / blind.sum(), *np.quantile(share, (0.025, 0.975))
+    return rows
 
 
 # -- What is written ---------------------------------------------------------------------------------------------------
@@ -177,10 +213,10 @@ def main(argv: list[str] | None = None):
     for name, work in COMMANDS.items():
         command = commands.add_parser(name, help=work.__doc__)
         add[name] = command.add_argument
-        if name != "rows":
+        if name in ("untrained", "texts", "answers"):
             add[name]("--data", default="data/alpaca-input", help="a folder of rows")
             add_device_options(command)
-        if name in ("untrained", "texts"):
+        if name in ("untrained", "texts", "shares"):
             add[name]("--split", default="test", help="which of its files")
     add["rows"]("--data", default="data/alpaca", help="a folder with train.jsonl, val.jsonl and test.jsonl")
     add["rows"]("--out", default="data/alpaca-input", help="folder to write to")
@@ -188,6 +224,7 @@ def main(argv: list[str] | None = None):
     add["untrained"]("--init", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the frozen model")
     add["untrained"]("--P", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 12, 24], help="soft tokens, or words")
     add["untrained"]("--out", default="out/untrained.npz", help="file of the scores")
+    add["shares"]("files", nargs="+", help="scores of `untrained` and of experiments.compare")
     add["texts"]("runs", nargs="+", help="folders of runs")
     add["texts"]("--init", help="the frozen model (default: the one of the first run)")
     add["texts"]("--new", type=at_least(1), default=32, help="most tokens to write")
@@ -202,7 +239,7 @@ def main(argv: list[str] | None = None):
     COMMANDS[args.command](args)
 
 
-COMMANDS = {"rows": write, "untrained": untrained, "texts": texts, "answers": answers}
+COMMANDS = {"rows": write, "untrained": untrained, "shares": shares, "texts": texts, "answers": answers}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """experiments.hidden: what the frozen model keeps without training, what runs write, and the teacher's answers."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -37,6 +38,13 @@ def test_what_needs_no_training_is_scored_row_by_row(moods, tmp_path, capsys):  
     assert list(scores.seeds) == ["frozen", "blind", "cut-1", "means-1", "cut-2", "means-2"]
     seeing, blind = (scores.get(name, "test", "kl")[0] for name in ("frozen", "blind"))
     assert not seeing.any() and len(blind) == 64 and (blind > 0).all()
+    status, text = run_in(hidden, "shares", out)
+    assert status == 0 and re.search(r"\| frozen \| 0.000 \| 100.0% \(100.0% to 100.0%\)", text), text
+    assert re.search(r"\| blind \| \d.\d+ \| 0.0% \(0.0% to 0.0%\)", text)
+    means = 1 - scores.get("means-2", "test", "kl")[0].sum() / blind.sum()
+    assert f"| {means:.1%} (" in next(line for line in text.splitlines() if line.startswith("| means-2 "))
+    status, text = run_in(hidden, "shares", out, "--split", "val")
+    assert status == 1 and "error: " in text
 
 
 def test_what_a_run_writes_is_compared_with_the_model_that_sees(run, moods, tmp_path):  # noqa: F811
