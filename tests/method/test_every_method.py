@@ -21,7 +21,8 @@ VARIANTS = {
 }
 WAYS = [(method, options, "all") for method in METHODS for options in ["", *VARIANTS.get(method, [])]]
 WAYS += [(method, "", "answer") for method, cls in METHODS.items() if "answer" in cls.acts]
-CASES = [(arch, *way) for arch in [*ARCHS, "qk-norm"] for way in WAYS]
+CASES = [(arch, *way) for arch in ARCHS for way in WAYS]
+CASES += [("qk-norm", method, "", "all") for method in METHODS]
 # Of those that act on the answer alone, by default one of each kind: a softmax of its own, the words', hooks.
 KINDS = [("iapt", "answer"), ("ptuning2", "answer"), ("lora", "answer")]
 QUICK = [case for case in CASES if case[0] in ARCHS and (case[3] == "all" or (case[1], case[3]) in KINDS)]
