@@ -31,8 +31,10 @@ class SummaryGenerator(Generator):
 
     def attention(self, Z: Tensor, instr: Tensor) -> Tensor:
         P = self.W_sa.shape[1]
-        place = (torch.arange(Z.shape[1], device=Z.device) + 0.5) / instr.sum(-1, keepdim=True) * P  # (B, T), 0 to P
-        part = place[..., None].floor() == torch.arange(P, device=Z.device)
+        # (B, T), 0 to P.  The middle of a word on the border of two parts is taken to be in the later one.
+        place = (torch.arange(Z.shape[1], device=Z.device) + 0.501) / instr.sum(-1, keepdim=True) * P
+        outside = ((place[..., None] - torch.arange(P, device=Z.device) - 0.5).abs() - 0.5).clamp(min=0)  # of a part
+        part = outside <= outside.amin(1, keepdim=True)  # of one that has no word in it, the nearest
         return (Z @ self.W_sa + 4.0 * part).masked_fill(~instr[..., None], -torch.inf).softmax(-2)
 
 

@@ -183,6 +183,14 @@ def test_an_untrained_summary_has_the_means_of_parts_of_the_instruction(model):
             torch.testing.assert_close(soft.k[0, :, p], weights @ words.k[0], atol=1e-5, rtol=1e-5)
 
 
+def test_a_part_without_a_word_is_the_nearest_word(model):
+    """Five soft tokens and two words: the middles of the words are at 1.25 and 3.75 parts."""
+    generator = untrained(model, 5).generators[0]
+    A = generator.attention(torch.zeros(1, 3, 4), torch.tensor([[True, True, False]]))
+    assert (A[0, 2] == 0).all() and A[0, 0].gt(0.9).tolist() == [True, True, True, False, False]
+    assert A[0, 1].gt(0.9).tolist() == [False, False, False, True, True]
+
+
 def test_a_summary_as_long_as_the_instruction_is_nearly_the_instruction():
     """With sharp weights each soft token is a word, at its own place: what follows cannot tell them apart."""
     model, (idx, instr) = small_model("llama"), rows((6, 6), 12)
