@@ -337,7 +337,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
             parser.error(f"no method {name!r}. There are: {', '.join(ROWS)}, frozen")
     if not all(0 < rate < 1e6 for rate in args.rates):
         parser.error(f"--rates must be above 0, got {args.rates}")
-    passed_on, defaults = train.parse([*args.rest, "--out", args.out]), train.parse(["--out", args.out])
+    passed_on = train.parse([*args.rest, "--out", args.out])
+    defaults = train.parse(["--hide-instruction"] * (passed_on.act == "hidden") + ["--out", args.out])
     for name in args.methods:
         find_method(ROWS[name].method, passed_on.act)  # one that cannot act so is found before any work
     for own in ("method", "o", "seed", "lr", "resume", "force"):
