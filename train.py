@@ -256,10 +256,11 @@ def main(argv: list[str] | None = None) -> dict:
     folder.lock()
 
     shown = [row for name in session.tests for row in evenly_spaced(rows[name], 2)][:6]
-    scores = {"frozen alone": session.scores()}
+    alone = "frozen, seeing" if args.act == "hidden" else "frozen alone"
+    scores = {alone: session.scores()}
     if args.act == "hidden":
         scores["frozen, blind"] = session.scores(BLIND)
-    answers = {"frozen alone": answer(model, tokenizer, shown, truncate=args.truncate, template=template)}
+    answers = {alone: answer(model, tokenizer, shown, truncate=args.truncate, template=template)}
 
     tuner.attach(model)
     sizes = {id(p): p.numel() for p in (*model.parameters(), *tuner.parameters())}
@@ -289,7 +290,7 @@ def main(argv: list[str] | None = None) -> dict:
         about = ["--input", shown[0]["input"]] if shown[0].get("input") else []
         print("try it:", shlex.join(["python", "sample.py", args.out, shown[0]["instruction"], *about]))
     distributed.shutdown()
-    return {"before": scores["frozen alone"], "after": scores[name], "path": folder.best}
+    return {"before": scores[alone], "after": scores[name], "path": folder.best}
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def score_table(columns: dict[str, dict[str, Score]], counts: dict[str, int], me
         {"exact": ".1%", "nats": ".3f", "kl": ".3f"},
     )
     shown = {field: head for field, head in shown.items() if any(getattr(score, field) for score in scores)}
-    wide = max(11 * len(shown), 2 + max(map(len, columns)))
+    wide = 2 + max(11 * len(shown), *map(len, columns))
     yield f"{'':{width}}  {'rows':>6}" + "".join(f"{name:>{wide}}" for name in columns)
     yield f"{'':{width}}  {'':>6}" + "".join(f"{head:>11}" for head in shown.values()).rjust(wide) * len(columns)
     for name, rows in counts.items():

@@ -1,6 +1,7 @@
 """Runs of --hide-instruction from the command line: training, asking, saved instructions, and what is refused."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import sample
 import train
 from data import encode, open_data
 from data.files import write_rows
+from data.scores import Score, score_table
 from data.template import PLAIN, make_template
 from data.tokenizer import Tokenizer
 from experiments.tasks import apart, make_tasks
@@ -41,10 +43,23 @@ def test_a_run_says_what_the_model_does_that_sees_and_that_is_blind_and_remember
     train.main([*HIDDEN, "--data", moods, "--out", out])
     text = capsys.readouterr().out
     assert "reads of all instructions: 0.00 GB, kept" in text
-    assert "frozen alone" in text and "frozen, blind" in text and "with summary" in text and "divergence" in text
+    assert "frozen, seeing" in text and "frozen, blind" in text and "with summary" in text and "divergence" in text
     assert f"try it: python sample.py {out} 'i want it" in text or "--input" in text
     _, _, _, (tuner,) = sample.open_runs([out])
     assert tuner.act == "hidden"
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+def test_the_titles_of_a_table_end_where_their_columns_do(kl):
+    columns = {
+        "frozen, seeing": {"test": Score(0.5, 1.0, 0.0)},
+        "with a-method-of-a-long-name-indeed": {"test": Score(0.5, 1.0, kl)},
+    }
+    titles, heads, row = score_table(columns, {"test": 10}, "exact match")
+    last = "divergence" if kl else "nats/token"
+    ends = [m.end() for m in re.finditer(last, heads)]
+    assert ends == [titles.index("seeing") + len("seeing"), len(titles)] and len(row) == len(heads) == len(titles)
+    assert not re.search(r"[a-z]exact", heads)
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(moods, run, tmp_path, monkeypatch):
