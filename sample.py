@@ -207,8 +207,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("run", nargs="?", help="folder of a run, or its best.pt")
     add("prompts", nargs="*", metavar="instruction", help="instructions (default: lines of standard input, a dialogue)")
-    add("--input", action="append", default=[],
-        help="what an instruction is about: one for all instructions, one each, or several for one")  # fmt: skip
+    add("--input", action="append", default=[], help="what an instruction is about: one for all, or each; many for one")
     add("--save", metavar="FILE", help="keep the soft tokens of a hidden instruction, to be used as @FILE")
     add("--tenant", action="append", nargs="+", default=[], help="a run and what to ask it; several make one batch")
     add("--init", help="the frozen model (default: the one of the training run)")
