@@ -23,7 +23,9 @@ from train import add_gradients
 
 ABLE = [method for method, cls in METHODS.items() if "hidden" in cls.acts]
 READERS = ["iapt", "summary", "paper-iapt", "capt", "mine"]  # the others know nothing of the instruction
+QUICK = [("llama", method) for method in ABLE] + [("gpt2", "iapt"), ("gpt2", "summary")]
 CASES = [(arch, method) for arch in ARCHS for method in ABLE]
+CASES = [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 
 @pytest.fixture(params=CASES, ids="-".join)

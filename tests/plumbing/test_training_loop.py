@@ -54,12 +54,12 @@ def test_best_pt_is_the_state_with_the_lowest_validation_loss_and_not_the_last(r
     for name, split in few.items():
         write_rows(str(tmp_path / f"{name}.jsonl"), split[:8] if name == "train" else split[:40])
     out = str(tmp_path / "run")
-    options = "--steps 120 --eval-every 10 --batch-size 8 --test-rows 4 --device cpu --lr 0.05".split()
+    options = "--steps 60 --eval-every 6 --batch-size 8 --test-rows 4 --device cpu --lr 0.05".split()
     train.main([*options, "--data", str(tmp_path), "--out", out])
     log = train.RunFolder(out).read_log()
     vals = [row["val"] for row in log]
     lowest = log[vals.index(min(vals))]
-    assert lowest["step"] < 120 and max(vals[-3:]) > min(vals) + 0.1
+    assert lowest["step"] < 60 and max(vals[-3:]) > min(vals) + 0.1
     best = load_checkpoint(out)
     assert (best["step"], best["val"]) == (lowest["step"], lowest["val"])
     model, tokenizer, _, (tuner,) = sample.open_runs([out])
