@@ -144,8 +144,8 @@ def prefill(
 
     past: what they go on from, kept from an earlier question about the same text (`read_prefix`).
     """
-    if past is not None and tuner is not None and tuner.act != "answer":
-        raise ValueError("only a tuner that acts on the answer alone can go on from what the frozen model has read")
+    if tuner is not None and (tuner.act == "hidden" or past is not None and tuner.act == "all"):
+        raise ValueError("only a tuner that acts on the answer alone can go on here; see read_instructions")
     n = common_prefix(prompts) if len(prompts) > 1 and past is None else 0
     if n >= 16 and tuner is not None and tuner.act == "answer":
         with tuner.silent():

@@ -113,7 +113,7 @@ class LoRA(Hooked):
 
         Raises ValueError for updates that are not for the prompt: weights act on all tokens.
         """
-        if self.act == "answer":
+        if self.act != "all":
             raise ValueError("a LoRA that acts on the answer alone cannot be merged: weights act on the prompt, too")
         self.detach()
         for linear, a, b in self.sites(model):

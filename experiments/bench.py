@@ -191,10 +191,10 @@ def our_model(name: str, args: Namespace) -> Decoder:
         torch.set_default_dtype(torch.float32)
 
 
-def random_tuner(method: str, model: Decoder, options: Iterable[str] = ()) -> Tuner:
+def random_tuner(method: str, model: Decoder, options: Iterable[str] = (), act: str = "all") -> Tuner:
     """A method's tuner at its start, on the model's device."""
     with torch.device(model.wte.weight.device):
-        tuner = build(method, model.config, options)
+        tuner = build(method, model.config, options, act)
     tuner.start(model)
     return tuner
 
@@ -317,8 +317,7 @@ def our_steps(
     for method, (way, (act, kept)) in itertools.product(methods, list(WAYS.items())[: 3 if answer else 1]):
         if act not in METHODS[method].acts:
             continue
-        tuner = random_tuner(method, model)
-        tuner.act = act
+        tuner = random_tuner(method, model, act=act)
         if compiled:
             with attached(tuner, model):
                 compile_parts(model, tuner)
@@ -375,9 +374,7 @@ def random_tenants(
     method: str, options: list[str], model: Decoder, tenant_of_row: list[int], act: str = "all"
 ) -> Tenants:
     """A tenant of one method for each number in tenant_of_row (B,)."""
-    tuners = [random_tuner(method, model, options).eval() for _ in set(tenant_of_row)]
-    for tuner in tuners:
-        tuner.act = act
+    tuners = [random_tuner(method, model, options, act).eval() for _ in set(tenant_of_row)]
     return Tenants(tuners, tenant_of_row).to(model.wte.weight.device)
 
 
@@ -468,8 +465,7 @@ def bench_hidden(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:
         instruction, inputs = words(T), [words(args.input) for _ in range(B)]
         pasts = {"text, read once": read_prefix(model, instruction, B)}
         for P in args.P:
-            tuner = random_tuner("summary", model, [f"P={P}", "m=1"])
-            tuner.act = "hidden"
+            tuner = random_tuner("summary", model, [f"P={P}", "m=1"], "hidden")
             pasts[f"{P} soft tokens"] = read_instructions(model, [instruction], tuner)
             change_rows(pasts[f"{P} soft tokens"], lambda x, B=B: x.expand(B, *x.shape[1:]))
         rivals = {

@@ -340,7 +340,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     passed_on = train.parse([*args.rest, "--out", args.out])
     defaults = train.parse(["--hide-instruction"] * (passed_on.act == "hidden") + ["--out", args.out])
     for name in args.methods:
-        find_method(ROWS[name].method, passed_on.act)  # one that cannot act so is found before any work
+        find_method(ROWS[name].method, train.parse(args.options).act)  # one that cannot is found before any work
     for own in ("method", "o", "seed", "lr", "resume", "force"):
         if getattr(passed_on, own) != getattr(defaults, own):
             parser.error(f"-{'-' * (own != 'o')}{own} is set run by run")

@@ -25,12 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train
-from baselines.hidden import Summary
 from data import load_splits
 from data.files import fill_missing_splits, write_rows
 from data.scores import BLIND, Session, score_examples
 from data.template import make_template
-from experiments.bench import machine
+from experiments.bench import machine, random_tuner
 from experiments.report import Scores, markdown
 from model import Block, Config, Soft, Tuner, rotary, rotate
 from plumbing.cli import Parser, add_device_options, at_least, pick_device, run
@@ -41,16 +40,26 @@ from sample import answer, generate, open_model, open_runs
 def choose(rows: list[dict], longest: int) -> list[dict]:
     """Rows with an input, of at most `longest` characters."""
     texts = ("instruction", "input", "output")
-    return [row for row in rows if row.get("input", "").strip() and sum(len(row[key]) for key in texts) <= longest]
+    return [
+        row for row in rows if row.get("input", "").strip() and sum(len(row.get(key, "")) for key in texts) <= longest
+    ]
 
 
 def write(args: Namespace):
     """Choose rows of a data set."""
+    splits = load_splits(args.data)
     os.makedirs(args.out, exist_ok=True)
-    for name, rows in load_splits(args.data).items():
+    for name, rows in splits.items():
         rows = choose(rows, args.longest)
         write_rows(os.path.join(args.out, f"{name}.jsonl"), rows)
         print(f"{name}: {len(rows):,} rows")
+
+
+def of_split(splits: dict[str, list], args: Namespace) -> list:
+    """The split that --split names.  Raises ValueError if --data has no such split."""
+    if args.split not in splits:
+        raise ValueError(f"{args.data} has no {args.split}: --split can be {', '.join(splits)}")
+    return splits[args.split]
 
 
 # -- Without training --------------------------------------------------------------------------------------------------
@@ -77,9 +86,8 @@ def untrained(args: Namespace):
     rivals = {"frozen": None, "blind": BLIND}
     for P in args.P:
         rivals[f"cut-{P}"] = Cut(session.model.config, P)
-        rivals[f"means-{P}"] = Summary(session.model.config, P=P, m=1)
-        rivals[f"means-{P}"].act = "hidden"
-    examples, arrays = session.examples[args.split], {}
+        rivals[f"means-{P}"] = random_tuner("summary", session.model, [f"P={P}", "m=1"], "hidden")
+    examples, arrays = of_split(session.examples, args), {}
     tokens = np.array([len(e.response) for e in examples], np.int32)
     for label, tuner in rivals.items():
         scores = score_examples(session.model, examples, tuner)
@@ -140,7 +148,7 @@ def texts(args: Namespace):
     """Greedy answers of runs beside those of the frozen model that sees the instruction, and of the blind one."""
     device, dtype, _ = pick_device(args.device, args.dtype)
     model, tokenizer, template, tuners = open_runs(args.runs, args.init, False, device, dtype)
-    rows = load_splits(args.data)[args.split]
+    rows = of_split(load_splits(args.data), args)
     rivals = {"frozen": None, "blind": BLIND, **dict(zip(args.runs, tuners, strict=True))}
     written = {}
     for label, tuner in rivals.items():
@@ -179,9 +187,10 @@ def answers(args: Namespace):
     device, dtype, _ = pick_device(args.device, args.dtype)
     model, tokenizer = open_model(args.init, device, dtype)
     template = make_template(args.template, tokenizer)
+    splits = read_prompts(args.data)
     os.makedirs(args.out, exist_ok=True)
-    for name, rows in read_prompts(args.data).items():
-        rows = sorted(rows, key=lambda row: len(row["instruction"] + row["input"]))
+    for name, rows in splits.items():
+        rows = sorted(rows, key=lambda row: sum(map(len, (row.get("instruction", ""), row.get("input", "")))))
         for i in tqdm(range(0, len(rows), args.batch), name, dynamic_ncols=True):
             part = rows[i : i + args.batch]
             prompts = [template.prompt_ids(row, tokenizer) for row in part]
@@ -198,7 +207,7 @@ def read_prompts(data: str) -> dict[str, list[dict]]:
         return load_splits(data)
     try:
         rows = [json.loads(line) for line in read_text(data).splitlines() if line.strip()]
-        rows = [{"instruction": row["instruction"], "input": row["input"], "output": "?"} for row in rows]
+        rows = [{"instruction": row["instruction"] + "", "input": row["input"] + "", "output": "?"} for row in rows]
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{data}: a row needs instruction and input ({type(e).__name__}: {e})") from None
     return fill_missing_splits({"train": rows}, data)
@@ -236,6 +245,8 @@ def main(argv: list[str] | None = None):
     add["answers"]("--batch", type=at_least(1), default=32, help="rows of a batch")
     add["answers"]("--out", default="data/answers", help="folder to write to")
     args = parser.parse_args(argv)
+    if args.command in ("untrained", "texts"):  # a folder that cannot be written fails before the work
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     COMMANDS[args.command](args)
 
 

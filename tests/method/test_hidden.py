@@ -283,3 +283,13 @@ def test_an_instruction_of_another_run_or_model_is_refused(model, tmp_path):
         model.ln_f.weight.add_(1)
     with pytest.raises(ValueError, match="was not written by --save with this model"):
         load_instruction(path, model, tuner)
+
+
+def test_a_hidden_tuner_neither_reads_a_whole_prompt_nor_is_merged_into_weights(model):
+    tuner = small_tuner("lora", model, act="hidden")
+    with pytest.raises(ValueError, match="only a tuner that acts on the answer alone can go on"):
+        generate(model, [[1, 2, 3]], tuner, max_new=5)
+    before = model.h[0].attn.q.weight.clone()
+    with pytest.raises(ValueError, match="cannot be merged"):
+        tuner.merge(model)
+    assert torch.equal(model.h[0].attn.q.weight, before)

@@ -10,7 +10,7 @@ from test_hidden_runs import HIDDEN, moods, run  # noqa: F401 (fixtures)
 
 import train
 from data.files import read_rows
-from experiments import hidden
+from experiments import compare, hidden
 from experiments.report import Scores
 
 
@@ -79,3 +79,19 @@ def test_rows_without_outputs_get_the_answers_of_the_model_that_sees_and_can_be_
 def test_rows_are_chosen_by_their_input_and_their_length():
     row = {"instruction": "abc", "input": "de", "output": "f"}
     assert hidden.choose([row, {**row, "input": " "}, {**row, "output": "fg"}], 6) == [row]
+
+
+def test_a_wrong_split_or_row_is_one_line_and_nothing_is_written(moods, run, tmp_path):  # noqa: F811
+    for args in (["untrained", "--init", "tiny"], ["texts", run]):
+        status, text = run_in(hidden, *args, "--data", moods, "--split", "tst", "--out", str(tmp_path / "a" / "b"))
+        assert status == 1 and "has no tst: --split can be train, val, test" in text and "Traceback" not in text
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"instruction": 5, "input": "x"}')
+    status, text = run_in(hidden, "answers", "--init", "tiny", "--data", str(prompts), "--out", str(tmp_path / "c"))
+    assert status == 1 and "a row needs instruction and input" in text and not (tmp_path / "c").exists()
+
+
+def test_a_method_that_cannot_act_on_a_table_s_rows_is_found_before_any_work(tmp_path):
+    status, text = run_in(compare, "hidden", "--methods", "prompt", "--out", str(tmp_path / "x"))
+    assert status == 2 and "prompt acts on the whole prompt: --hide-instruction is for" in text
+    assert not (tmp_path / "x").exists()
