@@ -94,8 +94,8 @@ ROWS = {
     "repeat-1": Row("iapt", "repeat=1", "m"),
     "gelu": Row("iapt", "activation=gelu", "m"),
     "summary": Row("summary", "", "m"),  # for an instruction that is hidden
-    "summary-12": Row("summary", "P=12", "m"),
 }
+ROWS.update({f"summary-{P}": Row("summary", f"P={P}", "m") for P in (1, 2, 8, 12, 24)})
 ROWS.update({name: Row(name, "", "m") for name in ABLATIONS})
 RATES = (0.25, 0.5, 1.0, 2.0)
 
