@@ -54,7 +54,10 @@ class Summary(IAPT):
 
     def soft(self, block: Block, l: int, x: Tensor, A: Tensor, S: Tensor) -> Soft:
         words, (S_k, S_v) = block.soft_kv(x), (block.attn.heads(s) for s in S.chunk(2, -1))
+        rope = rotary(self.config, self.position(A)) if self.config.arch == "llama" and block.attn.turns else None
         A = A.mT[:, None]  # (B, 1, P, T)
-        position = A[:, 0] @ torch.arange(A.shape[-1], device=A.device).float()  # (B, P)
-        rope = rotary(self.config, position) if self.config.arch == "llama" and block.attn.turns else None
         return Soft(rotate(A @ words.k.float() + S_k, rope), A @ words.v.float() + S_v)
+
+    def position(self, A: Tensor) -> Tensor:
+        """The mean position (B, P) of what each soft token is an average of."""
+        return A.mT @ torch.arange(A.shape[1], device=A.device).float()

@@ -1,14 +1,18 @@
-"""Forms of IAPT that only a table needs, each with one thing changed, and two controls at inference."""
+"""Forms that only a table needs, each with one thing changed, a rival from elsewhere, and two controls at inference."""
 
 import contextlib
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
 
+from baselines.hidden import Summary, SummaryGenerator
+from baselines.hooks import LoRA
 from data import Example
 from data.scores import score_examples
-from iapt import IAPT, PaperGenerator, PaperIAPT
-from model import Config, Decoder, Tuner
+from iapt import IAPT, Activation, PaperGenerator, PaperIAPT
+from model import Block, Config, Context, Decoder, Soft, Tuner, rotary, rotate
 
 
 class Joined(IAPT):
@@ -49,12 +53,86 @@ class PaperRandomStart(PaperIAPT):
         pass
 
 
+# -- Where the instruction is hidden -----------------------------------------------------------------------------------
+
+
+class FixedParts(Summary):
+    """The averages are those of the start: where a soft token reads is not learned."""
+
+    class generator(SummaryGenerator):
+        def attention(self, Z: Tensor, instr: Tensor) -> Tensor:
+            return super().attention(torch.zeros_like(Z), instr)
+
+
+class Uncorrected(Summary):
+    """Averages alone: nothing is added to them."""
+
+    def soft(self, block: Block, l: int, x: Tensor, A: Tensor, S: Tensor) -> Soft:
+        return super().soft(block, l, x, A, torch.zeros_like(S))
+
+
+class Unplaced(Summary):
+    """Soft tokens stand at position 0, not among the words that they are averages of."""
+
+    def position(self, A: Tensor) -> Tensor:
+        return super().position(A) * 0
+
+
+class OwnDownSummary(Summary):
+    """Each layer has its own W_down."""
+
+    def __init__(self, config: Config, P: int = 4, m: int = 0, activation: Activation = "rational"):
+        super().__init__(config, P, m, activation)
+        for generator in self.generators:
+            generator.W_down = nn.Parameter(torch.randn_like(generator.W_down) * config.n_embd**-0.5)
+
+
+class Compressor(LoRA):
+    """P learned tokens behind the instruction, and a LoRA, read it together: the tokens' keys and values are kept.
+
+    As in 500xCompressor (arXiv 2408.03094), where LoRA acts while the instruction is read, and at no other time.
+    """
+
+    silent = Tuner.silent  # it is muted but for `write`
+
+    def __init__(self, config: Config, P: int = 4, r: int = 7, alpha: float = 16.0, on: str = "q,v"):
+        super().__init__(config, r, alpha, on)
+        self.config, self.muted = config, True
+        self.tokens = nn.Parameter(torch.randn(P, config.n_embd) * 0.02)
+
+    def start(self, model: Decoder):
+        words = model.wte.weight.float()
+        self.tokens.data = words[torch.randint(len(words), (len(self.tokens),))].to(self.tokens.device)
+
+    def write(self, model: Decoder, states: list[Tensor], instr: Tensor) -> list[Context]:
+        x, P, length = states[0], len(self.tokens), instr.sum(1, keepdim=True)
+        behind = (length + torch.arange(P, device=x.device))[..., None].expand(-1, -1, x.shape[2])  # (B, P, C)
+        x = F.pad(x, (0, 0, 0, P)).scatter(1, behind, self.tokens.to(x.dtype).expand(len(x), -1, -1))
+        place = torch.arange(x.shape[1], device=x.device)
+        rope, among = (rotary(self.config, at) if self.config.arch == "llama" else None
+                       for at in (place, (torch.arange(P, device=x.device) + 0.5) * length / P))  # fmt: skip
+        contexts, self.muted = [], False
+        for block in model.h:
+            soft = block.soft_kv(x.gather(1, behind))
+            contexts.append(self.place(Soft(rotate(soft.k, among if block.attn.turns else None), soft.v), x.dtype))
+            x, _, _ = block(x, rope)
+        self.muted = True
+        return contexts
+
+
 ABLATIONS = {
     "joined": Joined,
     "random-start": RandomStart,
     "unscaled": Unscaled,
     "own-down": OwnDown,
     "paper-random-start": PaperRandomStart,
+}
+HIDDEN = {  # for an instruction that is hidden
+    "summary-fixed-parts": FixedParts,
+    "summary-uncorrected": Uncorrected,
+    "summary-unplaced": Unplaced,
+    "summary-own-down": OwnDownSummary,
+    "compressor": Compressor,
 }
 
 

@@ -44,7 +44,7 @@ from baselines import method as find_method
 from data import Example, evenly_spaced, p3
 from data.scores import score_examples
 from data.tokenizer import Tokenizer
-from experiments.ablations import ABLATIONS, mean_output, swapped_instruction
+from experiments.ablations import ABLATIONS, HIDDEN, mean_output, swapped_instruction
 from experiments.bench import machine
 from experiments.report import DIVERGED, Scores, report
 from model import Config, Tuner
@@ -96,7 +96,9 @@ ROWS = {
     "summary": Row("summary", "", "m"),  # for an instruction that is hidden
 }
 ROWS.update({f"summary-{P}": Row("summary", f"P={P}", "m") for P in (1, 2, 8, 12, 24)})
-ROWS.update({name: Row(name, "", "m") for name in ABLATIONS})
+ROWS.update({f"summary-{R}": Row("summary", f"activation={R}", "m") for R in ("gelu", "identity")})
+ROWS.update({name: Row(name, "", "m") for name in [*ABLATIONS, *HIDDEN] if name != "compressor"})
+ROWS.update({f"compressor-{P}": Row("compressor", f"P={P}", "r") for P in (4, 12)})
 RATES = (0.25, 0.5, 1.0, 2.0)
 
 
@@ -241,7 +243,7 @@ def finished(path: str, options: list[str]) -> dict | None:
 
 def start_process(threads: int):
     """Before a process of the pool works: its share of the cores, and no progress bars."""
-    METHODS.update(ABLATIONS)
+    METHODS.update(ABLATIONS | HIDDEN)
     torch.set_num_threads(threads)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
@@ -348,7 +350,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 
 def main(argv: list[str] | None = None):
-    METHODS.update(ABLATIONS)  # here, and in the processes that do the work
+    METHODS.update(ABLATIONS | HIDDEN)  # here, and in the processes that do the work
     args = parse(argv)
     open_config(args)  # a model that has to be downloaded is so once, and not by each process
     os.makedirs(args.out, exist_ok=True)

@@ -49,7 +49,7 @@ def test_constants_are_iapt_without_its_generator():
 
 @pytest.fixture(autouse=True)
 def ablations_are_methods(monkeypatch):
-    for name, cls in ablations.ABLATIONS.items():
+    for name, cls in (ablations.ABLATIONS | ablations.HIDDEN).items():
         monkeypatch.setitem(METHODS, name, cls)
 
 
@@ -232,6 +232,28 @@ def test_a_form_of_iapt_differs_from_it_in_one_thing_and_trains_all_that_it_has(
     tuner.detach()
     plain = METHODS["iapt"](model.config)
     assert not torch.allclose(model(idx, instr, tuner), model(idx, instr, shake(plain, 0.1)))
+
+
+@pytest.mark.parametrize("name", ablations.HIDDEN)
+def test_a_form_for_a_hidden_instruction_reads_it_and_trains_all_but_what_it_does_without(model, name):
+    torch.manual_seed(0)
+    tuner = METHODS[name](model.config)
+    tuner.act = "hidden"
+    tuner.start(model)
+    tuner.attach(model)
+    shake(tuner, 0.1)
+    idx, instr = right_padded([6, 4], 9)
+    hidden = model.hidden(idx, instr, tuner)
+    torch.testing.assert_close(model.hidden(idx[1:], instr[1:], tuner)[:, 4:], hidden[1:, 4:], atol=1e-4, rtol=1e-4)
+    other = idx.clone()
+    other[0, 3] += 1  # a word of the first row's instruction, and not its first, which stays anyway
+    assert (model.hidden(other, instr, tuner) - hidden)[0, 6:].abs().max() > 1e-4
+    assert torch.equal(model(idx), model(idx, instr, None)), "what acts while it reads is silent elsewhere"
+    model.loss(hidden, idx).backward()
+    silent = {key.split(".", 2)[-1] for key, p in tuner.named_parameters() if p.grad is None or not p.grad.abs().sum()}
+    without = {"summary-fixed-parts": {"W_sa"}, "summary-uncorrected": {"W_up", "R.a", "R.b"}}
+    assert silent == without.get(name, set()) or name == "compressor" and len(silent) == 1  # q of the last layer
+    tuner.detach()
 
 
 def test_the_table_says_who_is_better_on_the_same_rows(tmp_path):
