@@ -128,4 +128,11 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> Device:
         return Device(device, DTYPES[dtype], "as asked")
     if device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0):
         return Device(device, torch.bfloat16, "this GPU computes in it")
-    return Device(device, torch.float32, "the safe choice on this device")
+    fast = any(cpu_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    reason = "exact; for a large model --dtype bf16 is faster" if fast else "this processor is slow in bf16"
+    return Device(device, torch.float32, reason if device == "cpu" else "exact on every device")
+
+
+def cpu_capabilities() -> dict:
+    """What this processor can do; nothing is known where PyTorch is too old to say."""
+    return getattr(torch.cpu, "get_capabilities", dict)()

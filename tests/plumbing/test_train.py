@@ -85,6 +85,15 @@ def test_what_compile_compiles_is_what_trains(rows, tmp_path, monkeypatch):
     assert compiled == trained
 
 
+def test_a_cpu_computes_in_fp32_unless_asked_and_is_told_where_bf16_is_faster(monkeypatch):
+    for name in ("avx512_bf16", "amx_bf16"):
+        monkeypatch.setattr(cli, "cpu_capabilities", lambda name=name: {name: True})
+        assert cli.pick_device("cpu") == ("cpu", torch.float32, "exact; for a large model --dtype bf16 is faster")
+    monkeypatch.setattr(cli, "cpu_capabilities", dict)
+    assert cli.pick_device("cpu").reason == "this processor is slow in bf16"
+    assert cli.pick_device("cpu", "bf16")[:2] == ("cpu", torch.bfloat16)
+
+
 def test_what_does_not_work_together_is_refused(monkeypatch, capsys):
     """In the backward pass FSDP hands over other strides than in the forward pass, so another graph would be taken."""
     monkeypatch.setattr(train.distributed, "WORLD_SIZE", 2)
