@@ -3,6 +3,7 @@
     python -m experiments.plots reads out/iapt "what is the capital of peru ?"   # what each soft token reads
     python -m experiments.plots curves out/iapt out/lora     # validation loss, run beside run
     python -m experiments.plots bars "tiny=out/compare/tiny/scores.npz"      # rows answered exactly, group by group
+    python -m experiments.plots shares out/untrained.npz out/compare/hidden/scores.npz  # of a hidden instruction
 
 All but `reads` need matplotlib.
 """
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
+from experiments.hidden import gaps
 from experiments.report import Scores, difference
 from iapt import IAPT, PaperIAPT
 from plumbing.checkpoint import RunFolder
@@ -63,7 +65,10 @@ def plot_reads(args: Namespace):
     if not isinstance(tuner, (IAPT, PaperIAPT)):
         raise UsageError(f"{args.run} is not a run of IAPT: only that has generators to look into")
     tuner.attach(model)
-    prompt = template.prompt_ids({"instruction": args.instruction}, tokenizer)
+    if tuner.act == "hidden":
+        prompt, _ = template.split_ids({"instruction": args.instruction, "input": "any"}, tokenizer)
+    else:
+        prompt = template.prompt_ids({"instruction": args.instruction}, tokenizer)
     words, weights = tokenizer.words(prompt), reading_weights(model, tuner, prompt)
     layers = args.layers or list(range(1, len(weights) + 1))
     if max(layers) > len(weights):
@@ -154,9 +159,38 @@ def exact_rows(path: str) -> list[tuple[float, float, float]]:
     return [tuple(np.clip(difference(seeds, [0 * ones], ones), 0, 1) * 100) for seeds in right]
 
 
+SHARES = {"summary": "soft tokens, trained", "compressor": "learned tokens and LoRA", "cut": "the first words",
+          "means": "averages, untrained"}  # fmt: skip
+
+
+def plot_shares(args: Namespace):
+    """How much of a hidden instruction is left, by the number of soft tokens, with 95 % intervals."""
+    lines = {label: [] for label in SHARES.values()}
+    for name, (_, _, *share) in gaps(args.files, args.split).items():
+        kind, _, P = name.partition("-")
+        if kind in SHARES and (P.isdigit() or not P):
+            lines[SHARES[kind]].append((int(P or 4), *(100 * x for x in share)))  # `summary` has four
+    figure, axis = pyplot().subplots(figsize=(6.4, 3.4))
+    for (label, points), color in zip(lines.items(), COLORS[1::-1] + (GREY, COLORS[2])):
+        if points:
+            P, share, low, high = np.array(sorted(points)).T
+            axis.errorbar(P, share, (share - low, high - share), label=label, color=color, marker="o", ms=4, capsize=2)
+    axis.set(
+        xlabel="soft tokens in a layer, or words",
+        ylabel="of what the instruction changes, %",
+        xscale="log",
+        ylim=(0, 100),
+    )
+    ticks = sorted({int(point[0]) for points in lines.values() for point in points})
+    axis.set_xticks(ticks, ticks)
+    axis.minorticks_off()
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, args.out)
+
+
 # -- The command line --------------------------------------------------------------------------------------------------
 
-PLOTS = {"reads": plot_reads, "curves": plot_curves, "bars": plot_bars}
+PLOTS = {"reads": plot_reads, "curves": plot_curves, "bars": plot_bars, "shares": plot_shares}
 
 
 def main(argv: list[str] | None = None):
@@ -170,6 +204,8 @@ def main(argv: list[str] | None = None):
     command["reads"].add_argument("--layers", type=at_least(1), nargs="+", help="which layers (default: all)")
     command["curves"].add_argument("runs", nargs="+", metavar="run", help="folders of runs")
     command["bars"].add_argument("groups", nargs="+", metavar="name=file", help="a scores.npz of experiments.compare")
+    command["shares"].add_argument("files", nargs="+", help="scores of experiments.hidden and of experiments.compare")
+    command["shares"].add_argument("--split", default="test", help="which of the splits they hold")
     args = parser.parse_args(argv)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     PLOTS[args.plot](args)

@@ -41,6 +41,7 @@ def arguments(plot, runs, folder):
     return {
         "reads": [runs["iapt"], "the past of go ?"],
         "curves": list(runs.values()),
+        "shares": [saved_divergences(folder)],
         "bars": [f"small={saved_scores(folder)}", f"P=4, again={saved_scores(folder)}"],
     }[plot]
 
@@ -50,6 +51,32 @@ def saved_scores(folder, methods=plots.BARS):
     wrong = {f"{m}/{seed}/test/wrong": np.arange(50) % (seed + 1) for m in methods for seed in (0, 1)}
     np.savez(folder / "scores.npz", **wrong, **{f"{m}/0/test/nats": np.ones(50) for m in methods})
     return str(folder / "scores.npz")
+
+
+def saved_divergences(folder):
+    """Of four rows: the blind model's, and those of methods whose soft tokens take a part of it away."""
+    left = {"blind": 1.0, "summary": 0.2, "summary-8": 0.1, "means-1": 0.9, "cut-4": 0.7, "constants": 0.6}
+    arrays = {f"{name}/0/test/kl": np.full(4, kl) for name, kl in left.items()}
+    arrays |= {f"{name}/0/test/nats": np.ones(4) for name in ("frozen", *left)} | {"frozen/0/test/tokens": np.ones(4)}
+    np.savez(folder / "divergences.npz", **arrays)
+    return str(folder / "divergences.npz")
+
+
+def test_shares_draws_each_method_by_its_number_of_soft_tokens_from_no_number_that_was_not_saved(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="plots but `reads` need matplotlib")
+    drawn = {}
+    axis = plots.pyplot().Axes
+    monkeypatch.setattr(axis, "errorbar", lambda self, P, share, *_, label, **__: drawn.update({label: (P, share)}))
+    monkeypatch.setattr(plots, "save", lambda figure, path: None)
+    monkeypatch.setattr(axis, "legend", lambda *_, **__: None)
+    plots.main(["shares", saved_divergences(tmp_path), "--out", str(tmp_path / "x.svg")])
+    points = {label: list(zip(P, np.round(share))) for label, (P, share) in drawn.items()}
+    wanted = {
+        "soft tokens, trained": [(4, 80), (8, 90)],
+        "averages, untrained": [(1, 10)],
+        "the first words": [(4, 30)],
+    }
+    assert points == wanted
 
 
 def test_a_bar_is_the_mean_over_seeds_and_its_interval_ends_at_100_percent(tmp_path):
