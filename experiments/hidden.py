@@ -15,7 +15,6 @@ how many are, word for word, those of the model that sees the instruction?  `ans
 of rows, which need none of their own: so --distill learns from prompts alone.
 """
 
-import json
 import os
 from argparse import Namespace
 
@@ -26,14 +25,14 @@ from tqdm import tqdm
 
 import train
 from data import load_splits
-from data.files import fill_missing_splits, write_rows
+from data.files import fill_missing_splits, read_rows, write_rows
 from data.scores import BLIND, Session, score_examples
 from data.template import make_template
 from experiments.bench import machine, random_tuner
 from experiments.report import Scores, markdown
 from model import Block, Config, Soft, Tuner, rotary, rotate
 from plumbing.cli import Parser, add_device_options, at_least, pick_device, run
-from plumbing.files import read_text, replacing, write_json
+from plumbing.files import replacing, write_json
 from sample import answer, generate, open_model, open_runs
 
 
@@ -202,15 +201,11 @@ def answers(args: Namespace):
 
 
 def read_prompts(data: str) -> dict[str, list[dict]]:
-    """The splits of a data set, or of a .jsonl file whose rows need no output."""
-    if not data.endswith(".jsonl"):
+    """The splits of a folder, or of a file whose rows need no output."""
+    if os.path.isdir(data):
         return load_splits(data)
-    try:
-        rows = [json.loads(line) for line in read_text(data).splitlines() if line.strip()]
-        rows = [{"instruction": row["instruction"] + "", "input": row["input"] + "", "output": "?"} for row in rows]
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{data}: a row needs instruction and input ({type(e).__name__}: {e})") from None
-    return fill_missing_splits({"train": rows}, data)
+    reshape = lambda record, _: {"instruction": record.get("instruction"), "input": record.get("input"), "output": "?"}
+    return fill_missing_splits({"train": read_rows(data, reshape=reshape)}, data)
 
 
 # -- The command line --------------------------------------------------------------------------------------------------

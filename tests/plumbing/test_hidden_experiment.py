@@ -73,7 +73,7 @@ def test_rows_without_outputs_get_the_answers_of_the_model_that_sees_and_can_be_
     train.main([*HIDDEN, "--data", out, "--out", str(tmp_path / "run")])
     prompts.write_text('{"instruction": "x"}')
     status, text = run_in(hidden, "answers", "--init", "tiny", "--data", str(prompts), "--out", out)
-    assert status == 1 and "a row needs instruction and input (KeyError: 'input')" in text
+    assert status == 1 and "line 1: input is None, and should be text" in text
 
 
 def test_rows_are_chosen_by_their_input_and_their_length():
@@ -88,7 +88,7 @@ def test_a_wrong_split_or_row_is_one_line_and_nothing_is_written(moods, run, tmp
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"instruction": 5, "input": "x"}')
     status, text = run_in(hidden, "answers", "--init", "tiny", "--data", str(prompts), "--out", str(tmp_path / "c"))
-    assert status == 1 and "a row needs instruction and input" in text and not (tmp_path / "c").exists()
+    assert status == 1 and "instruction is 5, and should be text" in text and not (tmp_path / "c").exists()
 
 
 def test_a_method_that_cannot_act_on_a_table_s_rows_is_found_before_any_work(tmp_path):
