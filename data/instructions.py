@@ -58,12 +58,19 @@ def load_instruction(path: str, model: Decoder, tuner: Tuner) -> Cache:
         if not torch.equal(tensors.get(name, ours[:0]), ours):
             raise ValueError(f"{path} was not written by --save with this {name}: save the instruction again")
     weight, c = model.wte.weight, model.config
+    kinds = {name.partition(".")[0] for name in tensors if "." in name}
+    softs = {kind: [tensors.get(f"{kind}.{x}", weight[:0]) for x in ("k", "v")] for kind in kinds}
+    fits = lambda k, v: k.ndim == 4 and k.shape == v.shape == (c.n_layer, c.n_kv_head, k.shape[2], c.head_dim)
+    if (
+        "position" not in tensors
+        or not kinds
+        or kinds - {*Context._fields}
+        or not all(fits(*kv) for kv in softs.values())
+    ):
+        raise ValueError(f"{path} is damaged: save the instruction again")
     cache = Cache(tensors["position"].to(weight.device))
-    kinds = {kind: (tensors.get(f"{kind}.k"), tensors.get(f"{kind}.v")) for kind in Context._fields}
     for l in range(c.n_layer):
-        soft = {
-            kind: Soft(k[l, None].to(weight), v[l, None].to(weight)) for kind, (k, v) in kinds.items() if k is not None
-        }
+        soft = {kind: Soft(k[l, None].to(weight), v[l, None].to(weight)) for kind, (k, v) in softs.items()}
         cache.layers.append(Context(**soft))
     cache.states = [weight.new_zeros(1, 0, c.n_embd)] * c.n_layer
     cache.instr = torch.zeros(1, 0, dtype=torch.bool, device=weight.device)

@@ -18,6 +18,7 @@ from data.reads import Reads, Teacher, seen
 from data.scores import BLIND, evaluate
 from plumbing.compiling import compile_parts
 from plumbing.head_loss import head_loss
+from plumbing.pretrained import read_safetensors, write_safetensors
 from sample import generate
 from train import add_gradients
 
@@ -293,3 +294,20 @@ def test_a_hidden_tuner_neither_reads_a_whole_prompt_nor_is_merged_into_weights(
     with pytest.raises(ValueError, match="cannot be merged"):
         tuner.merge(model)
     assert torch.equal(model.h[0].attn.q.weight, before)
+
+
+@pytest.mark.parametrize("change", ["no position", "no values", "fewer layers", "another kind"])
+def test_a_saved_instruction_with_something_missing_is_refused_in_one_line(model, tmp_path, change):
+    tuner, path = small_tuner("summary", model, act="hidden"), str(tmp_path / "x.safetensors")
+    save_instruction(path, read_instructions(model, [[3, 1]], tuner), model, tuner)
+    tensors = {name: lazy.read() for name, lazy in read_safetensors(path).items()}
+    if change == "fewer layers":
+        tensors["joined.k"] = tensors["joined.k"][1:].clone()
+    elif change == "another kind":
+        tensors["other.k"] = tensors["joined.k"]
+        tensors["other.v"] = tensors["joined.v"]
+    else:
+        del tensors[{"no position": "position", "no values": "joined.v"}[change]]
+    write_safetensors(path, tensors)
+    with pytest.raises(ValueError, match="is damaged: save the instruction again"):
+        load_instruction(path, model, tuner)
