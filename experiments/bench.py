@@ -5,7 +5,7 @@
     python -m experiments.bench first           # the first token, of tenants that ask about one prompt
     python -m experiments.bench hidden          # one instruction, many inputs: its text in the cache, or soft tokens
     python -m experiments.bench generate        # answers, beside those of transformers and peft
-    python -m experiments.bench step --shapes smollm2-135M,gpt2-124M --device cuda --dtype bf16
+    python -m experiments.bench gpu             # what is to be known of a GPU, in one go: GPU below
     python -m experiments.bench step --shapes llama-7B --methods iapt,lora --checkpoint --no-hub
 
 Each prints a table and writes it to --out, as Markdown and as JSON.  Models are random, of the shapes in SHAPES: speed
@@ -18,7 +18,6 @@ with the quartiles, of the ratio to another rival in the same round.
 import functools
 import gc
 import itertools
-import math
 import os
 import platform
 import shlex
@@ -351,23 +350,20 @@ SERVED = {  # label: method and options
 }
 
 
-def serve(model: Decoder, tuner: Tuner, idx: Tensor, new: int, beams: int) -> tuple[float, float]:
-    """Read prompts idx (B, T), write `new` tokens for each: the seconds of decoding, and of all of it.
-
-    A beam search does not say how long it has decoded: nan.
-    """
+def serve(
+    model: Decoder, prompts: list[list[int]], tuner: Tuner, new: int, past: Cache | None = None
+) -> tuple[float, float, int]:
+    """Read prompts, write `new` tokens for each: seconds until the first, seconds of the others, bytes of the cache."""
     with attached(tuner, model):
-        device = str(idx.device)
+        device = str(model.wte.weight.device)
         begin = now(device)
-        if beams > 1:
-            generate(model, idx.tolist(), tuner, new, beams=beams)
-            return math.nan, now(device) - begin
-        logits, cache = model.prefill(idx, torch.full_like(idx[:, 0], idx.shape[1]), tuner, new)
+        logits, cache = prefill(model, prompts, None if tuner is NO_TUNER else tuner, new, past)
         middle = now(device)
         for _ in range(new - 1):
             logits = model.step(logits.argmax(-1), cache)
         end = now(device)
-        return end - middle, end - begin
+    soft = [soft for layer in cache.layers for soft in layer if soft is not None]
+    return middle - begin, end - middle, sum(x.numel() * x.element_size() for s in soft for x in (s.k, s.v))
 
 
 def random_tenants(
@@ -380,18 +376,19 @@ def random_tenants(
 
 def bench_serve(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:
     """Many tenants in one batch, by method, beside the frozen model."""
-    for n, beams, T, new in itertools.product(args.tenants, args.beams, args.tokens, args.new):
+    for n, T, new in itertools.product(args.tenants, args.tokens, args.new):
         tenant_of_row = [i % n for i in range(max(args.rows, n))]
         B = len(tenant_of_row)
-        idx = torch.randint(model.config.vocab_size, (B, T), device=args.device)
+        prompts = torch.randint(model.config.vocab_size, (B, T)).tolist()
         tuners = {"frozen": NO_TUNER}
         tuners |= {label: random_tenants(*spec, model, tenant_of_row) for label, spec in SERVED.items()}
-        rivals = {label: functools.partial(serve, model, tuner, idx, new, beams) for label, tuner in tuners.items()}
-        results = interleaved(rivals, args.rounds, f"{name}, {n} tenants, {beams} beams")
-        decode, total = ({label: [s[i] for s in rounds] for label, rounds in results.items()} for i in (0, 1))
+        rivals = {label: functools.partial(serve, model, prompts, tuner, new) for label, tuner in tuners.items()}
+        results = interleaved(rivals, args.rounds, f"{name}, {n} tenants")
+        decode = {label: [later for _, later, _ in rounds] for label, rounds in results.items()}
+        total = {label: [first + later for first, later, _ in rounds] for label, rounds in results.items()}
         for label, tuner in tuners.items():
-            row = {"shape": name, "rows": B, "tenants": n, "beams": beams, "prompt": T, "new": new, "method": label}
-            row["decode, of the frozen model's"] = ratio(decode, label, "frozen") if beams == 1 else ""
+            row = {"shape": name, "rows": B, "tenants": n, "prompt": T, "new": new, "method": label}
+            row["decode, of the frozen model's"] = ratio(decode, label, "frozen")
             row["all, of the frozen model's"] = ratio(total, label, "frozen")
             row["all, of iapt's"] = ratio(total, label, "iapt")
             row["tokens/s"] = f"{B * new / statistics.median(total[label]):,.0f}"
@@ -469,11 +466,11 @@ def bench_hidden(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:
             pasts[f"{P} soft tokens"] = read_instructions(model, [instruction], tuner)
             change_rows(pasts[f"{P} soft tokens"], lambda x, B=B: x.expand(B, *x.shape[1:]))
         rivals = {
-            label: functools.partial(serve_inputs, model, inputs, args.new, past) for label, past in pasts.items()
+            label: functools.partial(serve, model, inputs, NO_TUNER, args.new, past) for label, past in pasts.items()
         }
         if B * T <= args.most:
             whole = [instruction + text for text in inputs]
-            rivals["text, read for each"] = functools.partial(serve_inputs, model, whole, args.new, None)
+            rivals["text, read for each"] = functools.partial(serve, model, whole, NO_TUNER, args.new)
         results = interleaved(rivals, args.rounds, f"{name}, {T} tokens, {B} inputs")
         first, decode = ({label: [s[i] for s in rounds] for label, rounds in results.items()} for i in (0, 1))
         for label in rivals:
@@ -482,18 +479,6 @@ def bench_hidden(args: Namespace, name: str, model: Decoder) -> Iterator[dict]:
             row["decode, of text read once"] = ratio(decode, label, "text, read once")
             row["tokens/s"] = f"{B * (args.new - 1) / statistics.median(decode[label]):,.0f}"
             yield row | {"cache MB": f"{results[label][0][2] / 1e6:,.1f}"}
-
-
-def serve_inputs(model: Decoder, prompts: list[list[int]], new: int, past: Cache | None) -> tuple[float, float, int]:
-    """Seconds until the first token, seconds of the others, and bytes of the cache, of `new` tokens for each prompt."""
-    device = str(model.wte.weight.device)
-    begin = now(device)
-    logits, cache = prefill(model, prompts, None, new, past)
-    middle = now(device)
-    for _ in range(new - 1):
-        logits = model.step(logits.argmax(-1), cache)
-    soft = [soft for layer in cache.layers for soft in layer if soft is not None]
-    return middle - begin, now(device) - middle, sum(x.numel() * x.element_size() for s in soft for x in (s.k, s.v))
 
 
 # -- Answers -----------------------------------------------------------------------------------------------------------
@@ -573,6 +558,9 @@ def parse(argv: list[str]) -> Namespace:
         add[name]("--init", help="a folder or a name on the hub, in place of --shapes")
         add[name]("--rows", type=at_least(1), default=8, help="rows of a batch")
     step, serve, first, hidden, generate = (add[name] for name in BENCHMARKS)
+    gpu = commands.add_parser("gpu", help="what is to be known of a GPU, in one go", description=bench_gpu.__doc__)
+    gpu.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
+    gpu.add_argument("--out", default="out/bench/gpu", help="folder for the tables")
     hidden("--tokens", type=at_least(2), nargs="+", default=[32, 128, 512, 2048], help="tokens of the instruction")
     hidden("--inputs", type=at_least(1), nargs="+", default=[1, 8, 64], help="inputs of a batch")
     hidden("--input", type=at_least(1), default=32, help="tokens of an input")
@@ -590,7 +578,6 @@ def parse(argv: list[str]) -> Namespace:
     serve("--tokens", type=at_least(2), nargs="+", default=[64], help="tokens of a prompt")
     serve("--new", type=at_least(1), nargs="+", default=[64], help="tokens to write")
     serve("--tenants", type=at_least(1), nargs="+", default=[1, 8, 64], help="tenants in a batch")
-    serve("--beams", type=at_least(1), nargs="+", default=[1], help="width of a beam search")
     generate("--tokens", type=at_least(2), default=64, help="tokens of a prompt")
     generate("--new", type=at_least(1), default=64, help="tokens to write")
     generate("--methods", type=among(["frozen", *METHODS]), default="frozen,iapt,lora", help="which of ours")
@@ -598,8 +585,30 @@ def parse(argv: list[str]) -> Namespace:
         option("--hub", action=BooleanOptionalAction, default=True, help="transformers and peft among the rivals")
     args = parser.parse_args(argv)
     args.argv = shlex.join(argv)
-    args.models = [args.init] if args.init else args.shapes
+    if args.command != "gpu":
+        args.models = [args.init] if args.init else args.shapes
     return args
+
+
+GPU = {  # folder of the table: benchmark, on a GPU in bf16
+    "step": "step --shapes smollm2-135M,gpt2-124M --compile",
+    "answer": "step --shapes smollm2-135M,gpt2-124M --tokens 90 --answer 10 --methods iapt,lora --no-hub",
+    "serve": "serve --shapes smollm2-135M --tenants 1 8",
+    "hidden": "hidden --shapes smollm2-135M --inputs 8",
+    "generate": "generate --shapes smollm2-135M",
+    "7B": "step --shapes llama-7B --methods iapt,lora --no-hub --rounds 3",
+    "7B-checkpoint": "step --shapes llama-7B --methods iapt,lora --no-hub --rounds 3 --checkpoint",
+}
+
+
+def bench_gpu(args: Namespace):
+    """The benchmarks of GPU, one after the other: each leaves a table, and one that fails does not keep others back."""
+    for name, line in GPU.items():
+        own = [*line.split(), "--device", args.device, "--dtype", "bf16", "--out", os.path.join(args.out, name)]
+        try:
+            main(own)
+        except (RuntimeError, ValueError, ImportError) as e:  # out of memory, or a rival's own
+            print(f"{name}: {type(e).__name__}: {e}"[:300])
 
 
 BENCHMARKS = {"step": bench_step, "serve": bench_serve, "first": bench_first, "hidden": bench_hidden,
@@ -608,6 +617,9 @@ BENCHMARKS = {"step": bench_step, "serve": bench_serve, "first": bench_first, "h
 
 def main(argv: list[str] | None = None):
     args = parse(sys.argv[1:] if argv is None else argv)
+    if args.command == "gpu":
+        pick_device(args.device)  # without a GPU it ends here
+        return bench_gpu(args)
     args.device, args.dtype, _ = pick_device(args.device, args.dtype)
     args.rounds = args.rounds or (5 if args.device.startswith("cuda") else 15)
     if getattr(args, "hub", False) and not (find_spec("transformers") and find_spec("peft")):
