@@ -2,6 +2,7 @@
 
     python -m data.prepare alpaca --skip-bad
     python -m experiments.hidden rows --data data/alpaca --out data/alpaca-input
+    python -m experiments.hidden rows --data data/p3 --examples 3 --out data/p3-examples    # long instructions
     python -m experiments.hidden untrained --init HuggingFaceTB/SmolLM2-135M-Instruct --data data/alpaca-input
     python -m experiments.compare hidden --methods summary,summary-12,constants,iapt
     python -m experiments.hidden shares out/untrained.npz out/compare/hidden/scores.npz
@@ -9,13 +10,15 @@
     python -m experiments.hidden answers --data prompts.jsonl --out data/answers    # for rows without outputs
 
 `rows` keeps the short rows that have an input.  The instructions of val and test are in no training row: data.prepare
-sees to it.  `untrained` scores the frozen model: with the instruction in its context, without, with the instruction cut
-to its first words, and with averages of its keys and values, by their number.  `texts` has runs write greedy answers:
-how many are, word for word, those of the model that sees the instruction?  `answers` has that model write the outputs
-of rows, which need none of their own: so --distill learns from prompts alone.
+sees to it.  With --examples, a row's instruction is a few other rows of its task, with their answers, and what the row
+asks is its input.  `untrained` scores the frozen model: with the instruction in its context, without, with the
+instruction cut to its first words, and with averages of its keys and values, by their number.  `texts` has runs write
+greedy answers: how many are, word for word, those of the model that sees the instruction?  `answers` has that model
+write the outputs of rows, which need none of their own: so --distill learns from prompts alone.
 """
 
 import os
+import random
 from argparse import Namespace
 
 import numpy as np
@@ -38,18 +41,45 @@ from sample import answer, generate, open_model, open_runs
 
 def choose(rows: list[dict], longest: int) -> list[dict]:
     """Rows with an input, of at most `longest` characters."""
-    texts = ("instruction", "input", "output")
-    return [
-        row for row in rows if row.get("input", "").strip() and sum(len(row.get(key, "")) for key in texts) <= longest
-    ]
+    return [row for row in rows if row.get("input", "").strip() and size(row) <= longest]
+
+
+def size(row: dict) -> int:
+    """Characters of what is read and learned."""
+    return sum(len(row.get(key, "")) for key in ("instruction", "input", "output"))
+
+
+def worked_examples(splits: dict[str, list[dict]], n: int, longest: int) -> dict[str, list[dict]]:
+    """Rows whose instruction is n other rows of their task with their answers, of at most `longest` characters each.
+
+    The others are training rows; of a task that training lacks, they are of the same split.
+    """
+    rng, written = random.Random(0), {}
+    short = {name: [row for row in rows if size(row) <= longest] for name, rows in splits.items()}
+    ask = lambda row: "\n".join(filter(None, (row["instruction"], row.get("input"))))
+    for name, rows in short.items():
+        written[name] = []
+        for row in rows:
+            others = [other for other in short["train"] if other["task"] == row["task"] and other is not row]
+            others = others or [other for other in rows if other["task"] == row["task"] and other is not row]
+            if len(others) >= n:
+                shown = [f"{ask(other)}\n{other['output'].strip()}" for other in rng.sample(others, n)]
+                about = {"input": ask(row), "output": row["output"], "task": row["task"]}
+                written[name].append({"instruction": "\n\n".join(shown), **about})
+    return written
 
 
 def write(args: Namespace):
     """Choose rows of a data set."""
     splits = load_splits(args.data)
+    if args.examples:
+        if not all(row.get("task") for rows in splits.values() for row in rows):
+            raise ValueError(f"--examples: the rows of {args.data} do not say their task, as those of p3 do")
+        splits = worked_examples(splits, args.examples, args.longest)
+    else:
+        splits = {name: choose(rows, args.longest) for name, rows in splits.items()}
     os.makedirs(args.out, exist_ok=True)
     for name, rows in splits.items():
-        rows = choose(rows, args.longest)
         write_rows(os.path.join(args.out, f"{name}.jsonl"), rows)
         print(f"{name}: {len(rows):,} rows")
 
@@ -225,6 +255,7 @@ def main(argv: list[str] | None = None):
     add["rows"]("--data", default="data/alpaca", help="a folder with train.jsonl, val.jsonl and test.jsonl")
     add["rows"]("--out", default="data/alpaca-input", help="folder to write to")
     add["rows"]("--longest", type=at_least(1), default=240, help="characters of instruction, input and output")
+    add["rows"]("--examples", type=at_least(0), default=0, help="worked examples that are the instruction")
     add["untrained"]("--init", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the frozen model")
     add["untrained"]("--P", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 12, 24], help="soft tokens, or words")
     add["untrained"]("--out", default="out/untrained.npz", help="file of the scores")

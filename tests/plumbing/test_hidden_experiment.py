@@ -81,6 +81,24 @@ def test_rows_are_chosen_by_their_input_and_their_length():
     assert hidden.choose([row, {**row, "input": " "}, {**row, "output": "fg"}], 6) == [row]
 
 
+def test_worked_examples_are_other_rows_of_the_task_and_of_training_where_it_has_some():
+    row = lambda task, i: {"instruction": f"{task} {i}", "input": "", "output": f"{i} !", "task": task}
+    splits = {"train": [row("a", i) for i in range(4)], "test": [row("a", 9)] + [row("b", i) for i in range(3)]}
+    written = hidden.worked_examples(splits, 2, 99)
+    assert [len(rows) for rows in written.values()] == [4, 4]
+    for rows in written.values():
+        for made in rows:
+            shown = [text.split("\n") for text in made["instruction"].split("\n\n")]
+            assert len(shown) == 2 and all(answer == f"{question[2:]} !" for question, answer in shown)
+            questions = {question for question, _ in shown}
+            assert len(questions) == 2 and made["input"] not in questions
+            assert questions <= {row["instruction"] for row in splits["train" if made["task"] == "a" else "test"]}
+            assert all(question.startswith(made["task"]) for question in questions)
+    assert (
+        hidden.worked_examples(splits, 3, 99)["test"][1:] == [] and hidden.worked_examples(splits, 2, 4)["train"] == []
+    )
+
+
 def test_a_wrong_split_or_row_is_one_line_and_nothing_is_written(moods, run, tmp_path):  # noqa: F811
     for args in (["untrained", "--init", "tiny"], ["texts", run]):
         status, text = run_in(hidden, *args, "--data", moods, "--split", "tst", "--out", str(tmp_path / "a" / "b"))
