@@ -103,7 +103,8 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
     never stopped.
     """
     folder = RunFolder(args.out)
-    batches = Batches(examples["train"], args.batch_size, args.seed, model.config.block_size, model.wte.weight.device)
+    device, multiple = model.wte.weight.device, 16 if args.compile or model.wte.weight.is_cuda else 4
+    batches = Batches(examples["train"], args.batch_size, args.seed, model.config.block_size, device, multiple)
     optimizer = torch.optim.AdamW(tuner.groups(args.lr), weight_decay=args.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
     state = {"step": 0, "lowest": math.inf, "losses": []}  # losses since the last validation

@@ -164,17 +164,19 @@ class Batches:
     """Endless shuffled training batches: batch(i) is a pure function of (examples, size, seed, i).
 
     To save padding, rows of similar length share a batch: each epoch's order is shuffled, sorted by length within
-    stretches of 16 batches, cut into batches, and the batches are shuffled.
+    stretches of 16 batches, cut into batches, and the batches are shuffled.  Their length is a multiple of `multiple`:
+    where nothing is compiled, few shapes are worth less than little padding (a CPU: 4 takes 0.79 of the time of 16).
     """
 
     def __init__(
-        self, examples: list[Example], size: int, seed: int, block_size: int, device: str | torch.device = "cpu"
-    ):
+        self, examples: list[Example], size: int, seed: int, block_size: int, device: str | torch.device = "cpu",
+        multiple: int = 16,
+    ):  # fmt: skip
         self.examples = examples
         self.size = min(size, len(examples))
         self.seed = seed
         self.block_size = block_size
-        self.device = device
+        self.device, self.multiple = device, multiple
         self.epoch = self.chunks = None  # the chunks of an epoch: indices of examples
 
     def batch(self, i: int) -> Batch:
@@ -183,7 +185,7 @@ class Batches:
         if epoch != self.epoch:
             self.chunks = self._order(random.Random(f"{self.seed} {epoch}"))
             self.epoch = epoch
-        return collate([self.examples[j] for j in self.chunks[k]], self.block_size, self.device)
+        return collate([self.examples[j] for j in self.chunks[k]], self.block_size, self.device, self.multiple)
 
     def _order(self, rng: random.Random) -> list[list[int]]:
         order = rng.sample(range(len(self.examples)), len(self.examples))

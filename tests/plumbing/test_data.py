@@ -226,6 +226,13 @@ def test_rows_are_never_padded_beyond_what_the_model_takes():
     assert collate([Example([1] * 20, [2] * 5)], 30)[0].shape == (1, 30)
 
 
+def test_a_batch_s_length_is_a_multiple_and_its_rows_are_the_same_with_any():
+    rows = [Example([1] * 9, [2] * 5), Example([3], [4])]
+    short, long = (Batches(rows, 2, 0, 64, multiple=n).batch(0) for n in (7, 16))
+    assert short.idx.shape == (2, 14) and long.idx.shape == (2, 16)
+    assert all(torch.equal(x, y[:, : x.shape[1]]) for x, y in zip(short, long))
+
+
 def test_fewer_rows_than_a_batch_are_all_of_it():
     idx, _, _ = Batches([Example([1, 2], [3]), Example([4], [5])], 8, 0, 64).batch(5)
     assert len(idx) == 2
