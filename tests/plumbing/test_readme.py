@@ -5,6 +5,7 @@ import contextlib
 import glob
 import inspect
 import io
+import json
 import os
 import re
 import shlex
@@ -20,7 +21,9 @@ from conftest import ROOT
 
 import iapt
 from baselines.prompts import Mine, mean_state
-from model import Tuner
+from data.engines import gpt2_chars
+from model import Config, Decoder, Tuner
+from plumbing.pretrained import save_pretrained
 
 
 def read(name):
@@ -29,14 +32,64 @@ def read(name):
 
 
 README, RESULTS, HACKING = read("README.md"), read("docs/RESULTS.md"), read("docs/HACKING.md")
+QUICK = README + RESULTS + HACKING + read("docs/DATA.md")
 NUMBER = r"-?\b\d+\.?\d*(?:e-?\d+)?\b"
+
+
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("RESULTS", "PAPER", "SERVING", "DATA", "HACKING"))]
 
 
 def without_code(text):
     return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/RESULTS.md", "docs/DATA.md", "docs/HACKING.md"])
+def prose(text):
+    """A page without code, tables, headings, pictures, the targets of its links and the numbers of papers."""
+    text = re.sub(r"`[^`]*`|!\[.*?\]\(.*?\)", " ", without_code(text), flags=re.DOTALL)
+    text = re.sub(r"^[|#].*$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\b\d{4}\.\d{5}\b", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text))
+
+
+def sentences(text):
+    parts = re.split(r"\n\n|\n- |\n\d\. ", prose(text))
+    return [sentence for part in parts for sentence in re.split(r"(?<=[.!?:;])\s+", " ".join(part.split()))]
+
+
+COUNTED = r"(?<![\w-])\d[\d,.]*"  # a number, and not a part of a name as in GPT-2
+
+
+@pytest.mark.parametrize("name", [page for page in PAGES if page != "docs/DATA.md"])
+def test_no_sentence_has_more_than_two_numbers(name):
+    assert [s for s in sentences(read(name)) if len(re.findall(COUNTED, s)) > 2] == []
+
+
+def test_the_front_page_can_be_read_by_someone_who_knows_none_of_its_words():
+    text = prose(README)
+    assert len(re.findall(COUNTED, text)) <= 0.04 * len(text.split())
+    assert len(README.splitlines()) <= 260
+    (methods,) = re.findall(r"^\| name \|(?:.*\n\|)*", README, re.MULTILINE)
+    rows = [line for line in README.replace(methods, "").splitlines() if line.startswith("| ")]
+    heads = len(re.findall(r"^\|-", README.replace(methods, ""), re.MULTILINE))
+    assert len(rows) - heads <= 20
+    for word in (
+        "soft token",
+        "generator",
+        "constants",
+        "tenant",
+    ):  # explained where it stands in * or ** for the first time
+        before, _, _ = text.lower().partition(word)
+        assert before.endswith("*"), word
+
+
+def test_the_results_can_be_read_in_a_few_minutes():
+    assert len(RESULTS.encode()) <= 20_000 and len(re.findall(COUNTED, prose(RESULTS))) <= 450
+    sections = re.split(r"^## ", RESULTS, flags=re.MULTILINE)[1:]
+    assert all(section.partition("\n")[0].endswith("?") for section in sections), "a heading is a reader's question"
+    tables = re.findall(r"^\|-.*\n((?:\|.*\n)+)", RESULTS, re.MULTILINE)
+    assert len(tables) > 5 and max(len(table.splitlines()) for table in tables) <= 8
+
+
+@pytest.mark.parametrize("name", [*PAGES, "experiments/LOG.md"])
 def test_links_lead_to_files_and_headings(name):
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", without_code(read(name))):
         file, _, anchor = link.partition("#")
@@ -92,6 +145,12 @@ def copy(tmp_path):
     return folder
 
 
+def small_gpt2_tokenizer():
+    """The files of a tokenizer of GPT-2's kind without merges: a token for each byte, and the end."""
+    vocab = {char: i for i, char in enumerate(gpt2_chars().values())}
+    return {"vocab.json": json.dumps(vocab | {"<|endoftext|>": 256}), "merges.txt": "#version: 0.2\n"}
+
+
 def shell(command, folder):
     """What a command prints."""
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
@@ -104,7 +163,7 @@ def shell(command, folder):
 @pytest.mark.slow
 def test_commands_marked_quick_run_and_leave_the_pictures_as_they_are(copy):
     pytest.importorskip("matplotlib", reason="pictures want matplotlib")
-    blocks = re.findall(r"```sh quick\n(.*?)```", README + RESULTS, re.DOTALL)
+    blocks = re.findall(r"```sh quick\n(.*?)```", QUICK, re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines()]
     assert len(commands) >= 4
     for command in commands:
@@ -121,7 +180,7 @@ def test_commands_marked_quick_run_and_leave_the_pictures_as_they_are(copy):
 
 @pytest.mark.slow
 def test_console_blocks_marked_quick_are_what_the_commands_print(copy):
-    blocks = re.findall(r"```console quick\n\$ (.*?)\n(.*?)```", README + RESULTS, re.DOTALL)
+    blocks = re.findall(r"```console quick\n\$ (.*?)\n(.*?)```", QUICK, re.DOTALL)
     assert blocks
     for command, printed in blocks:
         assert shell(command, copy) == printed
@@ -150,6 +209,36 @@ def test_the_walk_through_for_a_new_idea_works_from_the_first_line_on(copy):
     assert test == "python -m pytest -k mine" and "llama-mine" in ours and "gpt2-mine" in ours
     assert re.findall(r"::(\w+)\[", ours) == re.findall(r"::(\w+)\[", others)
     shell(f"{test} -q {generic}", copy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("walk", [0, 1])
+def test_the_walk_throughs_work_from_the_first_line_on(walk, copy):
+    """A small random model stands in for the real one, and a few rows for what is downloaded."""
+    block = re.findall(r"```sh walk\n(.*?)```", README, re.DOTALL)[walk]
+    stand_in = os.path.join(copy, "model")
+    torch.manual_seed(0)
+    os.makedirs(stand_in)
+    save_pretrained(stand_in, Decoder(Config(vocab_size=257, block_size=512, n_layer=2, n_head=2, n_embd=32)))
+    for name, content in small_gpt2_tokenizer().items():
+        with open(os.path.join(stand_in, name), "w", encoding="utf-8") as f:
+            f.write(content)
+    restaurants, alpaca = (os.path.join(copy, "data", *folder) for folder in (("e2e", "raw"), ("alpaca",)))
+    os.makedirs(restaurants)
+    os.makedirs(alpaca)
+    with open(os.path.join(restaurants, "devset.csv"), "w", encoding="utf-8") as f:
+        f.write("mr,ref\n" + "".join(f'"name[{i}], food[French]",{i} serves French food.\n' for i in range(40)))
+    for split, n in (("train", 30), ("val", 6), ("test", 6)):
+        with open(os.path.join(alpaca, f"{split}.jsonl"), "w", encoding="utf-8") as f:
+            for i in range(n):
+                f.write(json.dumps({"instruction": f"{split} {i}", "input": "a", "output": "b"}) + "\n")
+    for line in block.splitlines():
+        for command in line.partition("  #")[0].split(" && "):
+            if "pip install" in command or re.search("data.prepare (e2e|alpaca)", command):
+                continue  # downloads
+            command = re.sub("HuggingFaceTB/SmolLM2-135M-Instruct", "model", command)
+            printed = shell(re.sub(r"--steps \d+", "--steps 4", command), copy)
+    assert len(printed.splitlines()) >= 1 + walk  # the last command answers: one question, or two inputs
 
 
 @pytest.mark.slow
