@@ -93,6 +93,7 @@ ROWS = {
     "full": Row("full"),
     "repeat-1": Row("iapt", "repeat=1", "m"),
     "gelu": Row("iapt", "activation=gelu", "m"),
+    "mine": Row("mine", "", "P"),
     "summary": Row("summary", "", "m"),  # for an instruction that is hidden
 }
 ROWS.update({f"summary-{P}": Row("summary", f"P={P}", "m") for P in (1, 2, 8, 12, 24)})
