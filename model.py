@@ -186,8 +186,7 @@ class Block(nn.Module):
         q, k, v = self.attn.qkv(self.ln_1(x), rope)
         keys, values, keep = cached.joined
         rows = torch.arange(len(x), device=x.device)
-        keys[rows, :, at] = k[:, :, 0]
-        values[rows, :, at] = v[:, :, 0]
+        keys[rows, :, at], values[rows, :, at] = k[:, :, 0], v[:, :, 0]
         keep[rows, :, :, at] = True
         x = x + self.attn.mix(q, keys, values, keep, cached.separate)
         return x + self.mlp(self.ln_2(x))
@@ -197,8 +196,7 @@ def attention_mask(T: int, joined: Soft | None) -> Tensor | None:
     """(.., T, T + P), True where a token may look: at tokens up to itself, and at P soft tokens joined behind them."""
     if joined is None:
         return None  # plain causal attention
-    causal = torch.ones(T, T, dtype=torch.bool, device=joined.k.device).tril()
-    keep = joined.kept()
+    causal, keep = torch.ones(T, T, dtype=torch.bool, device=joined.k.device).tril(), joined.kept()
     return torch.cat((causal.expand(len(keep), 1, -1, -1), keep.expand(-1, -1, T, -1)), -1)
 
 
@@ -213,6 +211,7 @@ class Tuner(nn.Module):
     separate = False  # whether its soft tokens get a softmax of their own, whose result is added
     act = "all"  # on all tokens; "answer": from the prompt's last one on; "hidden": on what follows an instruction
     acts = ("all", "answer", "hidden")  # what `act` can be; in the last two, the frozen model reads by itself
+    first = 0  # the first word's position, if it acts on all tokens: soft tokens may take positions, too
     silent = nullcontext  # with tuner.silent(): it does nothing
 
     def start(self, model: "Decoder"):
@@ -266,9 +265,9 @@ NO_TUNER = Tuner()  # the frozen model alone
 class Cache:
     """Keys and values of right-padded prompts, with `room` for more tokens: shapes never change."""
 
-    def __init__(self, length: Tensor, room: int = 0):
+    def __init__(self, length: Tensor, room: int = 0, first: int = 0):
         self.room, self.layers = room, []
-        self.at, self.pos = length.clone(), length.clone()  # (B,): where a row's next token goes, and its position
+        self.at, self.pos = length.clone(), length + first  # (B,): where a row's next token goes, and its position
         self.states, self.last, self.instr = [], None, None  # from `Decoder.read`: what entered each layer, and left
 
     def append(self, k: Tensor, v: Tensor):
@@ -318,7 +317,8 @@ class Decoder(nn.Module):
         if tuner is not NO_TUNER and instr is None:
             raise ValueError("a tuner needs instr (B, T), True on the instruction's tokens: it got None")
         if tuner.act == "all":
-            x, rope = self.embed(idx, torch.arange(T, device=idx.device))
+            pos = torch.arange(tuner.first, tuner.first + T, device=idx.device)
+            x, rope = self.embed(idx, pos.clamp(max=self.config.block_size - 1))  # padding may go beyond
             return self.ln_f(tuner.around_blocks(self, x, rope, instr, cache))
         if cache is None:
             cache = self.read(idx[:, : int(instr.sum(1).max())], instr.sum(1), tuner, whole=tuner.act == "hidden")
@@ -405,7 +405,7 @@ class Decoder(nn.Module):
             self.write(cache, tuner)
             cache.states, cache.last, cache.instr = [], None, None  # decoding wants none of them
             return self.step(idx[last], cache) if x is None else self.head(x), cache
-        cache, place = Cache(length, room), torch.arange(idx.shape[1], device=idx.device)
+        cache, place = Cache(length, room, tuner.first), torch.arange(idx.shape[1], device=idx.device)
         x = self.hidden(idx, place < length[:, None], tuner, cache)  # all of a prompt is instruction
         return self.head(x[last]), cache
 

@@ -28,7 +28,7 @@ from data.instructions import read_instructions, recall, save_instruction
 from data.template import Template, make_template
 from data.tokenizer import Tokenizer
 from iapt import IAPT, PaperIAPT
-from model import Cache, Decoder, Tuner
+from model import NO_TUNER, Cache, Decoder, Tuner
 from plumbing.caches import beam_search, common_prefix, read_prefix
 from plumbing.checkpoint import load_checkpoint, load_into
 from plumbing.cli import Parser, UsageError, add_device_options, at_least, pick_device, run
@@ -107,7 +107,7 @@ def generate(
     longest = max(map(len, prompts), default=0)
     if not longest or not all(prompts):
         raise ValueError("an empty prompt: there is nothing to continue")
-    longest += 0 if past is None else int(past.pos.max())
+    longest += (tuner or NO_TUNER).first if past is None else int(past.pos.max())
     if longest + max_new > model.config.block_size:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new} new ones: this model has room for {model.config.block_size}"
@@ -184,7 +184,7 @@ def answer(
     max_new=0 means 64 tokens, or as many as there is room for; truncate makes room by shortening prompts.  past: the
     rows' instructions, for a tuner from which they are hidden; they are read if it is left out.
     """
-    limit = model.config.block_size
+    limit = model.config.block_size - (tuner or NO_TUNER).first
     if tuner is not None and tuner.act == "hidden":
         halves = [template.split_ids(row, tokenizer) for row in rows]
         past = read_instructions(model, [first for first, _ in halves], tuner) if past is None else past

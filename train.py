@@ -231,6 +231,8 @@ def new_tuner(args: Namespace, session: Session) -> tuple[Tuner, dict]:
     weight = session.model.wte.weight
     torch.manual_seed(args.seed)
     tuner = build(args.method, session.model.config, args.o, args.act).to(weight.device)
+    if session.block_size > (most := session.model.config.block_size - tuner.first):
+        raise UsageError(f"--block-size {session.block_size}: {args.method}'s soft tokens leave room for {most} tokens")
     tuner.start(session.model)
     args.lr = tuner.lr if args.lr is None else args.lr
     meta = {name: getattr(args, name) for name in RUN_KEYS}

@@ -44,6 +44,8 @@ def build(name: str, config: Config, options: Iterable[str] = (), act: str = "al
     cls = method(name, act)
     tuner = cls(config, **parse_options(cls, name, options))
     tuner.act = act
+    if tuner.first and act != "all":
+        raise UsageError(f"{name}'s option shift=1 is for acting on all tokens: leave --act and --hide-instruction out")
     return tuner
 
 

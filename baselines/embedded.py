@@ -1,7 +1,8 @@
 """Soft tokens among the embeddings: what prompt tuning and dynamic prompting need of the decoder, and IAPT does not.
 
-A soft token is one more token, without a position of its own: the others keep theirs.  What follows token t is read off
-the place before token t + 1, where a soft token may stand.
+A soft token is one more token, without a position of its own: the others keep theirs, unless a tuner's `first` leaves
+room for soft tokens before them.  What follows token t is read off the place before token t + 1, where a soft token may
+stand.
 """
 
 from typing import NamedTuple
@@ -39,8 +40,9 @@ class EmbeddedTuner(Tuner):
         x, at, n = embedded
         real = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device).scatter(1, at, 1)
         instr = torch.zeros_like(real).scatter(1, at, instr.long()).bool()
-        if rope is not None:  # a soft token has the position of the token after it
-            rope = rotary(model.config, real.cumsum(1) - real)
+        if rope is not None:  # a soft token has the position of the token after it, or of its place
+            place, behind = torch.arange(x.shape[1], device=x.device), self.first + real.cumsum(1) - real
+            rope = rotary(model.config, torch.where(real.bool(), behind, place) if self.first else behind)
         if cache is not None:
             cache.at += n  # they take up room, but no positions
         x = super().around_blocks(model, x, rope, instr, cache)

@@ -31,14 +31,15 @@ def split_kv(s: Tensor, head_dim: int) -> Soft:
 class PTuning2(Tuner):
     """P-tuning v2 (arXiv 2110.07602): P learned keys and values at every layer, the same for every instruction.
 
-    Without the reparametrising MLP, which the paper found to help on some tasks only.  2 G D P L parameters.
+    Without the reparametrising MLP, which the paper found to help on some tasks only.  2 G D P L parameters.  With
+    shift=1 the words' positions begin at P, as in the package peft.
     """
 
     lr = 5e-2
 
-    def __init__(self, config: Config, P: int = 16):
+    def __init__(self, config: Config, P: int = 16, shift: bool = False):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.first = config.head_dim, P * shift
         out = 2 * config.n_kv_head * config.head_dim
         self.constants = nn.ParameterList(0.1 * torch.randn(P, out) for _ in range(config.n_layer))
 
@@ -88,12 +89,16 @@ class PrefixTuning(Tuner):
 
 
 class PromptTuning(EmbeddedTuner):
-    """Prompt tuning (arXiv 2104.08691): P learned rows before the input embeddings.  C P parameters."""
+    """Prompt tuning (arXiv 2104.08691): P learned rows before the input embeddings.  C P parameters.
+
+    With shift=1 they take positions, and the words' begin at P, as in the package peft.
+    """
 
     lr = 1e-2
 
-    def __init__(self, config: Config, P: int = 20):
+    def __init__(self, config: Config, P: int = 20, shift: bool = False):
         super().__init__()
+        self.first = P * shift
         self.rows = nn.Parameter(torch.zeros(P, config.n_embd))
 
     def start(self, model: Decoder):

@@ -41,11 +41,15 @@ class Tenants(EmbeddedTuner):
                 raise ValueError(f"{type(tuner).__name__} changes the model itself: its tenants cannot share one")
             if tuner.act != tuners[0].act:
                 raise ValueError("tenants that act on all tokens and on the answer alone: ask them one after the other")
-        self.act = tuners[0].act if tuners else "all"
+            if tuner.first != tuners[0].first:
+                raise ValueError("tenants whose words have other positions (shift=1): ask them one after the other")
+        self.act, self.first = (tuners[0].act, tuners[0].first) if tuners else ("all", 0)
         self.register_buffer("tenant_of_row", torch.as_tensor(tenant_of_row), persistent=False)
         owners = self.tenant_of_row.tolist()
         if not all(-1 <= t < len(tuners) for t in owners):
             raise ValueError(f"rows of tenants {sorted(set(owners))}, but there are {len(tuners)}")
+        if self.first and -1 in owners:
+            raise ValueError("the frozen model's words keep their positions (shift=0): ask it by itself")
         self.tuners = nn.ModuleList(tuners)
         self.rows = {t: [i for i, owner in enumerate(owners) if owner == t] for t in sorted(set(owners))}
         self.parts = [(rows, tuners[t] if t >= 0 else NO_TUNER) for t, rows in self.rows.items()]

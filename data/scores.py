@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data import PLAIN, Example, Template, Tokenizer, collate, shorten, template
 from data.reads import seen
-from model import Decoder, Tuner
+from model import NO_TUNER, Decoder, Tuner
 
 BLIND = Tuner()  # the frozen model where an instruction is hidden, and nothing stands in its place
 BLIND.act = "hidden"
@@ -84,7 +84,7 @@ def accuracy(
     A prompt is shortened so that it has room for each word, the same for all: else they could not be compared.
     """
     words = [layout.response_ids({**rows[0], "output": word}, tokenizer) for word in labels]
-    room = model.config.block_size - max(map(len, words))
+    room = model.config.block_size - max(map(len, words)) - (tuner or NO_TUNER).first
     prompts = [(e.prompt if e.hidden else shorten(e.prompt, room, tokenizer, layout), e.hidden) for e in examples]
     nats = score_examples(model, [Example(ids, word, n) for ids, n in prompts for word in words], tuner).nats
     best = nats.view(len(prompts), -1).argmin(1).tolist()

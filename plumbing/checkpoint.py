@@ -64,6 +64,8 @@ def load_checkpoint(path: str) -> dict:
         meta = content["meta"]
         for key, value in {"act": "all", "distill": 0.0}.items():  # which is what runs did before there was a choice
             meta.setdefault(key, value)
+        if meta["method"] in ("prompt", "ptuning2") and not any(x.startswith("shift=") for x in meta["options"]):
+            meta["options"] = [*meta["options"], "shift=0"]
         tensors = content["tuner"]
         texts = [meta["method"], meta["init"], meta["base"], *meta["options"], *tensors]
         if not all(isinstance(text, str) for text in texts) or not all(map(torch.is_tensor, tensors.values())):

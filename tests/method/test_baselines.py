@@ -14,6 +14,7 @@ from baselines import METHODS, build, spell_out
 from baselines.prompts import Dynamic, layouts
 from model import Config, Tuner
 from plumbing.cli import UsageError
+from sample import generate
 
 
 class Odd(Tuner):
@@ -145,6 +146,26 @@ def test_a_method_that_cannot_act_on_the_answer_alone_says_so_and_which_can(mode
         build(method, model.config, act="answer")
     with pytest.raises(UsageError, match=f"{method} acts on the whole prompt: --hide-instruction is for {able}"):
         build(method, model.config, act="hidden")
+
+
+@pytest.mark.parametrize("method", ["prompt", "ptuning2"])
+def test_words_that_begin_behind_the_soft_tokens_positions_are_decoded_as_in_the_whole_sequence(model, method):
+    tuner = small_tuner(method, model, ["P=3", "shift=1"])
+    case = SimpleNamespace(model=model, tuner=tuner)
+    generic.test_decoding_one_token_gives_the_logits_of_the_whole_sequence(case)
+    generic.test_cached_batched_ragged_decoding_equals_the_plain_forward_one_row_at_a_time(case)
+    unshifted = build(method, model.config, ["P=3"]).eval()
+    unshifted.load_state_dict(tuner.state_dict())
+    idx, instr = right_padded([9, 5], 9)
+    assert (model(idx, instr, tuner) - model(idx, instr, unshifted)).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="a prompt of 13 tokens and 52 new ones: this model has room for 64"):
+        generate(model, [[1] * 10], tuner, max_new=52)
+
+
+def test_words_that_are_read_by_the_frozen_model_keep_their_positions(model):
+    for act in ("answer", "hidden"):
+        with pytest.raises(UsageError, match="ptuning2's option shift=1 is for acting on all tokens"):
+            build("ptuning2", model.config, ["shift=1"], act)
 
 
 @pytest.mark.parametrize("method", ["mine", "capt"])

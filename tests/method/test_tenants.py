@@ -16,6 +16,7 @@ MIXED = [
     ("dynamic", "length=1 P=4"), ("constants", "P=3"),
     ("lora", "r=2"), ("lora", "r=5 alpha=8"), ("lora", "on=k,o,up"), ("adapter", ""),
 ]  # fmt: skip
+SHIFTED = [("prompt", "P=3 shift=1"), ("ptuning2", "P=3 shift=1"), ("prompt", "P=3 shift=1")]
 SOFT, EMBEDDINGS, LORA = MIXED[:3], MIXED[3:5], MIXED[6:8]
 ALIKE = [("iapt", "m=3"), ("iapt", "m=3"), ("iapt", "m=3 activation=gelu"), ("iapt", "m=4 P=2 repeat=6")]
 
@@ -39,12 +40,12 @@ def alone(model, tuner, f):
 
 @pytest.mark.parametrize(
     "mixed",
-    [MIXED, SOFT, LORA, EMBEDDINGS, ALIKE],
-    ids=["all", "soft", "lora", "embeddings", "alike"],
+    [MIXED, SOFT, LORA, EMBEDDINGS, ALIKE, SHIFTED],
+    ids=["all", "soft", "lora", "embeddings", "alike", "shifted"],
 )
 def test_a_mixed_batch_equals_one_tenant_at_a_time(model, mixed):
     tuners = [tenant(*spec, model, seed) for seed, spec in enumerate(mixed)]
-    tenant_of_row = [*range(len(tuners)), -1, 0, 1]
+    tenant_of_row = [*range(len(tuners)), *[-1] * (mixed is not SHIFTED), 0, 1]
     idx, instr = right_padded([(5 + 3 * i) % 9 + 1 for i in range(len(tenant_of_row))], 9)
     tenants = Tenants(tuners, tenant_of_row)
     tenants.attach(model)
@@ -80,11 +81,11 @@ def test_a_row_without_separate_soft_tokens_sees_zeros_and_no_row_a_mask_that_hi
     assert joined is None and separate.keep is None
 
 
-@pytest.mark.parametrize("mixed", [MIXED, ALIKE], ids=["all", "alike"])
+@pytest.mark.parametrize("mixed", [MIXED, ALIKE, SHIFTED], ids=["all", "alike", "shifted"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_mixed_batch_is_continued_as_each_row_alone(model, beams, mixed):
     tuners = [tenant(*spec, model, seed) for seed, spec in enumerate(mixed)]
-    tenant_of_row = [*range(len(tuners)), -1, 2]
+    tenant_of_row = [*range(len(tuners)), -1 if mixed is not SHIFTED else 0, 2]
     prompts = [torch.randint(1, 50, (3 + i % 4,)).tolist() for i in range(len(tenant_of_row))]
     tenants = Tenants(tuners, tenant_of_row)
     tenants.attach(model)
@@ -129,6 +130,11 @@ def test_what_cannot_share_a_model_is_refused(model):
         Tenants([METHODS["full"](model.config)], [0])
     with pytest.raises(ValueError, match="there are 1"):
         Tenants([METHODS["capt"](model.config)], [0, 1])
+    plain, shifted = (build("prompt", model.config, options) for options in ((), ["shift=1"]))
+    with pytest.raises(ValueError, match="words have other positions .shift=1.: ask them one after the other"):
+        Tenants([plain, shifted], [0, 1])
+    with pytest.raises(ValueError, match="frozen model's words keep their positions .shift=0.: ask it by itself"):
+        Tenants([shifted], [0, -1])
     with pytest.raises(ValueError, match="3 rows, but tenants of 2"):
         generate(model, [[1], [2], [3]], Tenants([METHODS["capt"](model.config)], [0, 0]), 2)
 

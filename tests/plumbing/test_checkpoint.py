@@ -186,6 +186,8 @@ def test_a_run_of_an_older_version_is_used_but_not_resumed(tmp_path):
     path = str(tmp_path / "old.pt")
     torch.save({**content, "meta": {name: x for name, x in META.items() if name != "act"}}, path)
     assert load_checkpoint(path)["meta"]["act"] == "all"  # there was no choice
+    torch.save({**content, "meta": {**META, "method": "prompt", "options": ["P=4"]}}, path)
+    assert load_checkpoint(path)["meta"]["options"] == ["P=4", "shift=0"]
     assert all(torch.equal(x, today.state_dict()[name]) for name, x in loaded.state_dict().items())
     folder = RunFolder(str(tmp_path))
     torch.save({**content, "meta": {**META, "method": "iapt"}, "optimizer": {}, "state": {}}, folder.last)

@@ -566,6 +566,7 @@ def test_an_over_long_question_is_one_line(trained):
         (1, train, ["--init", os.path.join(ROOT, "tests")], "no " + os.path.join(ROOT, "tests", "config.json")),
         (1, train, ["--block-size", "8"], "the model takes 8"),
         (2, train, ["--block-size", "100000"], "--block-size 100000: tiny takes at most 256 tokens"),
+        (2, train, ["--method", "prompt", "-o", "shift=1"], "prompt's soft tokens leave room for 236 tokens"),
         (1, train, ["--resume", "--out", "nowhere"], "there is no run at nowhere"),
         (1, train, ["--out", os.path.join(ROOT, "README.md")], "README.md is a file, and not a folder"),
         (2, train, ["--resume", "--force"], "argument --force: not allowed with argument --resume"),
