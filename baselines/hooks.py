@@ -194,6 +194,8 @@ class Full(Tuner):
         for name, part in self.model.named_children():
             setattr(model, name, part)
 
+    merge = attach  # there is no more to it
+
     def detach(self):
         if self.replaced is not None:
             model, parts = self.replaced

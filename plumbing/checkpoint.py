@@ -21,7 +21,7 @@ import torch
 
 from model import Tuner
 from plumbing import distributed
-from plumbing.files import refuse_lfs_pointer, replacing
+from plumbing.files import refuse_adapter, refuse_lfs_pointer, replacing
 
 try:
     import fcntl
@@ -52,6 +52,8 @@ def load_checkpoint(path: str) -> dict:
     Raises FileNotFoundError if there is none, ValueError for a file that is not a checkpoint.
     """
     path = os.path.join(path, "best.pt") if os.path.isdir(path) else path
+    if not os.path.exists(path) or os.path.splitext(path)[1] != ".pt":
+        refuse_adapter(os.path.dirname(path) or ".")
     if not os.path.exists(path):
         raise FileNotFoundError(f"no checkpoint at {path}. Run: python train.py")
     refuse_lfs_pointer(path)

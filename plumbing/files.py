@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import statistics
 
@@ -59,6 +60,13 @@ def refuse_lfs_pointer(path: str):
     with open(path, "rb") as f:
         if f.read(64).startswith(b"version https://git-lfs.github.com/spec/"):
             raise ValueError(f"{path} is a Git LFS pointer, and not the file itself: run git lfs pull in its folder")
+
+
+def refuse_adapter(folder: str):
+    """Raise ValueError for a folder that the package peft has written."""
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        command = f"python -m baselines.peft {shlex.quote(str(folder))} NEW"
+        raise ValueError(f"{folder} has adapter_config.json, an adapter that we do not apply: {command} makes it a run")
 
 
 def no_duplicate_keys(pairs: list[tuple]) -> dict:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from model import Config, Decoder
-from plumbing.files import no_duplicate_keys, read_json, refuse_lfs_pointer, replacing, write_json
+from plumbing.files import no_duplicate_keys, read_json, refuse_adapter, refuse_lfs_pointer, replacing, write_json
 
 
 class LazyTensor(NamedTuple):
@@ -127,9 +127,8 @@ def load_pretrained(folder: str, dtype: torch.dtype = torch.float32, device: str
 
 def open_model_tensors(folder: str) -> tuple[Config, dict[str, LazyTensor]]:
     """A folder's Config, and its tensors under the names that transformers gives them now, each of them once."""
+    refuse_adapter(folder)
     config = read_config(os.path.join(folder, "config.json"))
-    if os.path.exists(os.path.join(folder, "adapter_config.json")):
-        raise ValueError(f"{folder} has adapter_config.json, an adapter that we do not apply: merge it and the model")
     tensors = {name: x for name, x in open_tensors(folder).items() if not name.endswith(LEFTOVERS)}
     prefix, table = TABLES[config.arch]
     if not any(name.startswith(prefix) for name in tensors):  # GPT-2's own files
