@@ -23,7 +23,7 @@ from baselines import METHODS, build, spell_out
 from data import Batch, Batches, Example, encode, evenly_spaced, open_data, rows_fingerprint, with_input
 from data.files import label_words
 from data.reads import Reads, Teacher, keep_reads
-from data.scores import BLIND, Session, before_and_after, evaluate, score_table
+from data.scores import BLIND, Session, before_and_after, evaluate, plain_examples, score_table
 from data.template import make_template
 from model import Decoder, Tuner
 from plumbing import distributed
@@ -223,7 +223,8 @@ def open_session(args: Namespace, device: str, dtype: torch.dtype) -> Session:
     how = tokenizer, block_size, args.truncate, template, args.act == "hidden"
     examples = {name: encode(split, *how) for name, split in rows.items()}
     tests = [name for name in rows if name.startswith("test")]
-    return Session(model, tokenizer, template, rows, examples, tests, labels, block_size)
+    plain = plain_examples(tokenizer) if args.act != "hidden" and block_size >= 192 else []
+    return Session(model, tokenizer, template, rows, examples, tests, labels, block_size, plain)
 
 
 def new_tuner(args: Namespace, session: Session) -> tuple[Tuner, dict]:
@@ -279,8 +280,7 @@ def main(argv: list[str] | None = None) -> dict:
     name = f"with {args.method}"
     scores[name] = session.scores(tuner)
     answers[name] = answer(model, tokenizer, shown, tuner, truncate=args.truncate, template=template)
-    metric, counts = "accuracy" if session.labels else "exact match", {name: len(rows[name]) for name in session.tests}
-    print("", *score_table(scores, counts, metric), sep="\n")
+    print("", *score_table(scores, session.counts(), "accuracy" if session.labels else "exact match"), sep="\n")
     print("", *before_and_after(shown, answers), sep="\n")
     size = f"step {best['step']}, {os.path.getsize(folder.best) / 1000:,.0f} kB"
     print(f"saved {folder.best}: what was trained, nothing frozen ({size})")

@@ -4,6 +4,7 @@ Greedy decoding reproduces a response, its end included, exactly if each of its 
 before it.  So one forward pass says whether it would.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import PLAIN, Example, Template, Tokenizer, collate, shorten, template
+from data import PLAIN, Example, Template, Tokenizer, collate, evenly_spaced, shorten, template
 from data.reads import seen
 from model import NO_TUNER, Decoder, Tuner
 
@@ -102,6 +103,12 @@ class Session(NamedTuple):
     tests: list[str]  # the splits to test on
     labels: list[str]  # the label words, if the outputs are a few classes
     block_size: int
+    plain: list[Example] = []  # text that has nothing to do with the rows: what does tuning cost there?
+
+    def counts(self) -> dict[str, int]:
+        """The number of rows behind each of `scores`."""
+        counts = {name: len(self.examples[name]) for name in self.tests}
+        return {**counts, "plain text": len(self.plain)} if self.plain else counts
 
     def scores(self, tuner: Tuner | None = None) -> dict[str, Score]:
         """Scores of all test sets, with accuracy in place of exact match where the outputs are classes."""
@@ -110,7 +117,22 @@ class Session(NamedTuple):
             for name, score in scores.items():
                 rows = self.rows[name], self.examples[name], self.labels
                 scores[name] = score._replace(exact=accuracy(self.model, self.tokenizer, *rows, tuner, self.template))
+        if self.plain:
+            scores["plain text"] = evaluate(self.model, self.plain, tuner)._replace(exact=math.nan)
         return scores
+
+
+def plain_examples(tokenizer: Tokenizer, n: int = 16) -> list[Example]:
+    """Passages of English that no task asks about, n at most, of 64 tokens that are read and 128 that are predicted.
+
+    They are Python's own help topics, which every Python has; another version may word some of them otherwise.  There
+    are none for tiny's tokenizer, which knows no English.
+    """
+    from pydoc_data.topics import topics
+
+    texts = [text for _, text in sorted(topics.items())] if tokenizer.vocab_size > 5000 else []
+    ids = [tokenizer.encode(text[:2000]) for text in texts]
+    return evenly_spaced([Example(text[:64], text[64:192]) for text in ids if len(text) >= 192][:64], n)
 
 
 def score_table(columns: dict[str, dict[str, Score]], counts: dict[str, int], metric: str) -> Iterator[str]:
@@ -123,12 +145,13 @@ def score_table(columns: dict[str, dict[str, Score]], counts: dict[str, int], me
         {"exact": metric, "nats": "nats/token", "kl": "divergence"},
         {"exact": ".1%", "nats": ".3f", "kl": ".3f"},
     )
-    shown = {field: head for field, head in shown.items() if any(getattr(score, field) for score in scores)}
+    shown = {field: head for field, head in shown.items() if any(getattr(score, field) > 0 for score in scores)}
     wide = 2 + max(11 * len(shown), *map(len, columns))
     yield f"{'':{width}}  {'rows':>6}" + "".join(f"{name:>{wide}}" for name in columns)
     yield f"{'':{width}}  {'':>6}" + "".join(f"{head:>11}" for head in shown.values()).rjust(wide) * len(columns)
     for name, rows in counts.items():
         cells = [[f"{getattr(column[name], f):11{formats[f]}}" for f in shown] for column in columns.values()]
+        cells = [[f"{'–':>11}" if "nan" in cell else cell for cell in column] for column in cells]
         yield f"{name:{width}}  {rows:6,}" + "".join("".join(cell).rjust(wide) for cell in cells)
 
 

@@ -41,9 +41,8 @@ from tqdm import tqdm
 import train
 from baselines import METHODS, build, spell_out
 from baselines import method as find_method
-from data import Example, evenly_spaced, p3
-from data.scores import score_examples
-from data.tokenizer import Tokenizer
+from data import evenly_spaced, p3
+from data.scores import plain_examples, score_examples
 from experiments.ablations import ABLATIONS, HIDDEN, mean_output, swapped_instruction
 from experiments.bench import machine
 from experiments.report import DIVERGED, Scores, report
@@ -181,8 +180,8 @@ def score_one(options: list[str], own: list[str], folder: str) -> str:
     arrays = {}
     with tuned(options, own, folder) as (session, tuner):
         model, sets = session.model, {name: session.examples[name] for name in session.tests}
-        if session.tokenizer.vocab_size > 5000 and "--hide-instruction" not in options:  # tiny's has never seen English
-            sets["plain"] = plain_examples(session.tokenizer)
+        if session.plain:
+            sets["plain"] = plain_examples(session.tokenizer, 64)
         for name, examples in sets.items():
             nats, wrong, kl = score_examples(model, examples, tuner)
             arrays |= {f"{name}/nats": nats.float().numpy(), f"{name}/wrong": wrong.numpy().astype(np.int32)}
@@ -219,17 +218,6 @@ def tuned(options: list[str], own: list[str], folder: str) -> Iterator[tuple[tra
     finally:
         if tuner is not None:
             tuner.detach()
-
-
-def plain_examples(tokenizer: Tokenizer) -> list[Example]:
-    """Up to 64 passages of English that no task asks about, of 64 tokens that are read and 128 that are predicted.
-
-    They are Python's own help topics, which every Python has; another version may word some of them otherwise.
-    """
-    from pydoc_data.topics import topics
-
-    ids = [tokenizer.encode(text) for _, text in sorted(topics.items())]
-    return [Example(text[:64], text[64:192]) for text in ids if len(text) >= 192][:64]
 
 
 def finished(path: str, options: list[str]) -> dict | None:

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from conftest import ROOT, SHIPPED, SMALL, run_in, same_run, shared, tensors
 import sample
 import train
 from baselines import METHODS, build
-from data import TINY, Tokenizer, collate, encode, load_splits, scores
+from data import TINY, Example, Tokenizer, collate, encode, load_splits, scores
 from data.files import label_words
 from data.scores import accuracy, evaluate, score_examples
 from iapt import IAPT
@@ -266,6 +267,28 @@ def test_answers_that_are_label_words_are_scored_by_accuracy_among_them(tmp_path
     result = train.main([*SMALL, "--data", path, "--out", str(tmp_path / "x")])
     assert "accuracy nats/token" in capsys.readouterr().out
     assert result["before"] == session.scores()
+
+
+def test_the_table_says_what_tuning_cost_on_text_that_no_row_is_about(rows, tmp_path, monkeypatch, capsys):
+    text = [Example([5, 6, 7], [8, 9])] * 3
+    monkeypatch.setattr(train, "plain_examples", lambda tokenizer: text)
+    found = train.main([*SMALL, "--data", rows, "--out", str(tmp_path / "x")])
+    model, _ = sample.open_model("tiny")
+    before, after = (found[when]["plain text"] for when in ("before", "after"))
+    assert before.nats == pytest.approx(scores.evaluate(model, text).nats) and after.nats != before.nats
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("plain text")]
+    assert [x for x in line.split() if x != "–"] == ["plain", "text", "3", f"{before.nats:.3f}", f"{after.nats:.3f}"]
+    both = {"test": scores.Score(0.5, 1.0), "plain text": before}
+    *_, line = scores.score_table({"frozen": both}, {"test": 2, "plain text": 3}, "exact match")
+    assert line.split() == ["plain", "text", "3", "–", f"{before.nats:.3f}"]
+
+
+def test_plain_text_is_english_that_python_brings_and_not_for_a_tokenizer_that_knows_none():
+    spelling = SimpleNamespace(vocab_size=6000, encode=lambda text: list(text.encode()))
+    found = scores.plain_examples(spelling)
+    assert len(found) == 16 and {(len(e.prompt), len(e.response)) for e in found} == {(64, 128)}
+    assert scores.plain_examples(spelling, 64)[::4] == found
+    assert scores.plain_examples(SimpleNamespace(vocab_size=1000)) == []
 
 
 def test_training_from_scratch_begins_with_gpt2_s_small_weights():
