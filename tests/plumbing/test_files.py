@@ -446,6 +446,13 @@ def test_a_number_is_text_under_any_name(value, text):
     assert from_known_format({"question": "?", "answer": value})["output"] == text
 
 
+def test_a_date_is_text_also_where_all_rows_have_one(tmp_path):
+    rows = [{"instruction": "when ?", "output": date} for date in ("1969-07-20", "2024-05-01T10:00:00Z")]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name, content in ("a.jsonl", lines), ("a.json", json.dumps(rows)), ("a.csv", as_table(rows)):
+        assert read_rows(written(tmp_path / name, content)) == rows
+
+
 @pytest.mark.parametrize("name", ["weight", "train", "loss"])
 def test_an_answer_that_is_marked_as_not_to_be_learned_is_read_alone(name):
     record = chat(("user", "a ?"), ("assistant", "b"), ("user", "c ?"), ("assistant", "d"))
