@@ -328,6 +328,19 @@ def test_a_trained_tokenizer_with_its_own_special_tokens_is_read(byte_level, rem
     assert tokenizer.decode([2]) == "</s>" and 2 not in tokenizer.encode("</s>")
 
 
+@pytest.mark.parametrize("engine", ["with tokenizers", "without"])
+def test_of_special_tokens_that_begin_alike_the_longest_is_found(byte_level, engine, request):
+    """By tiktoken it is not always (findings/names_that_begin_alike.sh)."""
+    folder, trained = byte_level
+    first = trained.get_vocab_size()
+    names = {first + i: f"<|im_start|>{role}" for i, role in enumerate(["", "user", "assistant"])}
+    edit(folder, "tokenizer_config.json", added_tokens_decoder={str(i): entry(i, name) for i, name in names.items()})
+    if engine == "without":
+        request.getfixturevalue("no_tokenizers")
+    tokenizer = Tokenizer.load(folder)
+    assert {i: tokenizer.encode_chat(name) for i, name in names.items()} == {i: [i] for i in names}
+
+
 def test_the_merges_and_not_the_ids_say_what_is_merged_first(byte_level, no_tokenizers):
     """RoBERTa's ids are sorted by frequency."""
     folder, trained = byte_level
