@@ -3,7 +3,7 @@
     python train.py                                        # IAPT on the shipped model and data: no download, no GPU
     python train.py --method lora -o r=4                   # another method, with its options
     python train.py --init gpt2 --data my.jsonl            # a real model, and rows of your own
-    python train.py --scratch --method full --data data/tiny/pretrain     # pretrain a model of the shipped one's size
+    python train.py --scratch --method full --data data/tiny/pretrain --template text     # pretrain such a model anew
 
 A run writes into --out: best.pt (what was trained, at the lowest validation loss), last.pt (to --resume), log.jsonl.
 """
@@ -24,7 +24,7 @@ from data import Batch, Batches, Example, encode, evenly_spaced, open_data, rows
 from data.files import label_words
 from data.reads import Reads, Teacher, keep_reads
 from data.scores import BLIND, Session, before_and_after, evaluate, plain_examples, score_table
-from data.template import make_template
+from data.template import TEMPLATES, make_template
 from model import Decoder, Tuner
 from plumbing import distributed
 from plumbing.checkpoint import RunFolder, load_checkpoint, load_into, save_tuner, warm_start
@@ -47,7 +47,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--init", default="tiny", help="the frozen model: tiny, a folder, gpt2, or OWNER/NAME on the hub")
     add("--scratch", action="store_true", help="forget the weights of --init: train a model of that size anew")
     add("--data", default="tiny", help="tiny, a folder with train.jsonl, or a file of rows")
-    add("--template", default="plain", choices=["plain", "chat"], help="layout of a row; chat: the model's own")
+    add("--template", default="plain", choices=TEMPLATES, help="layout of a row; chat: the model's own; text: none")
     add("--method", help=f"{', '.join(METHODS)} (default: iapt; summary, if the instruction is hidden)")
     add("-o", nargs="+", default=[], action="extend", metavar="NAME=VALUE", help="options of the method; -o help")
     acts = parser.add_mutually_exclusive_group()
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"{args.method}: {trained:,} of {total / 1e6:.2f}M parameters train ({trained / total:.2%})")
     how = "all of it trains, in float32" if args.method == "full" else f"frozen in {str(dtype)[6:]} ({reason})"
     print(f"{args.init} on {model.wte.weight.device}, {how}")
-    print(f"{args.data}: {', '.join(f'{name} {len(split):,}' for name, split in rows.items())} rows")
+    print(f"{args.data}: {', '.join(f'{name} {len(split):,}' for name, split in rows.items())} rows{template.remark}")
     folder.lock(args.force)  # with --force, what was there goes only now that nothing can be refused any more
     best = train(model, tuner, session.examples, args, meta)
 
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> dict:
     scores[name] = session.scores(tuner)
     answers[name] = answer(model, tokenizer, shown, tuner, truncate=args.truncate, template=template)
     print("", *score_table(scores, session.counts(), "accuracy" if session.labels else "exact match"), sep="\n")
-    print("", *before_and_after(shown, answers), sep="\n")
+    print("", *before_and_after(shown, answers, template), sep="\n")
     size = f"step {best['step']}, {os.path.getsize(folder.best) / 1000:,.0f} kB"
     print(f"saved {folder.best}: what was trained, nothing frozen ({size})")
     if args.scratch:
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> dict:
             save_pretrained(args.out, model, torch.float16)
             copy_tokenizer(find_model(args.init), args.out)
         print(f"saved the model as a Hugging Face folder, too: python train.py --init {shlex.quote(args.out)}")
-    elif "instruction" in shown[0]:
+    else:
         about = ["--input", shown[0]["input"]] if shown[0].get("input") else []
         print("try it:", shlex.join(["python", "sample.py", args.out, shown[0]["instruction"], *about]))
     distributed.shutdown()

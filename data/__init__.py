@@ -5,7 +5,7 @@
     Batches(...)          batch(i) is a pure function of seed and i, so that a run can be resumed exactly
 
 A row is a dict with the keys of Alpaca: `instruction`, `input` (may be missing or empty) and `output`.  files.py lists
-the other keys.  A row with `prompt` in place of `instruction` is plain text, for pretraining.
+the other keys.
 """
 
 import hashlib

@@ -8,7 +8,6 @@ A row is a dict of
     instruction, input, output    texts; input may be missing or empty
     history                       earlier turns, if any: [{"role": "system", "content": "be brief"}, ...]
     task                          the name of its task, if it has one
-    prompt, output                in place of the three texts: plain text, for pretraining
     end                           False if the text goes on after output
 
 `from_known_format` makes such rows of other shapes.  A column that nothing uses is left out, and named once on standard
@@ -24,7 +23,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from data.formats import READABLE, READABLE_TEXT, read_records
-from data.template import template
+from data.template import question
 from plumbing import distributed
 from plumbing.files import replacing
 
@@ -67,7 +66,7 @@ def as_row(record: object, reshape: Callable, ignored: set[str]) -> dict:
     if not isinstance(record, dict):
         raise ValueError(f"it has {str(record)[:80]}; it needs instruction and output")
     row = reshape(record, ignored)
-    texts = [(key, row[key]) for key in ("instruction", "prompt", "input", "output") if key in row]
+    texts = [(key, row[key]) for key in ("instruction", "input", "output") if key in row]
     for name, text in texts + [(turn["role"], turn["content"]) for turn in row.get("history", [])]:
         if not isinstance(text, str):
             raise ValueError(f"{name} is {text!r}"[:80] + ", and should be text")
@@ -127,7 +126,7 @@ def from_known_format(record: dict, ignored: set[str] | None = None) -> dict:
     turns += read_turns(take(columns, ("history",)), "history", columns)
     chat = read_turns(take(columns, CHATS), "messages", columns)
     turns = [turn for turn in turns + chat if turn.content or turn.role != "system"]
-    row, turns = split_chat(turns) if chat else (take_texts(columns, record, plain=not turns), turns)
+    row, turns = split_chat(turns) if chat else (take_texts(columns, record), turns)
     if turns:
         row["history"] = [{"role": turn.role, "content": turn.content} for turn in turns]
     if not is_empty(columns.get("task")) and not isinstance(columns["task"], list | dict):
@@ -166,8 +165,8 @@ def as_text(value: object) -> object:
     return "" if value is None else value if isinstance(value, str | list | dict) else json.dumps(value)
 
 
-def take_texts(columns: dict, record: dict, plain: bool) -> dict:
-    """Remove the columns of the three texts, and return them as a row.  plain: prompt and output may be plain text."""
+def take_texts(columns: dict, record: dict) -> dict:
+    """Remove the columns of the three texts, and return them as a row."""
     if {"mr", "ref"} <= set(columns) and not any(name in columns for name in TEXTS["instruction"]):  # the E2E data
         output = columns.pop("ref", None)
         return {"instruction": "Describe the restaurant.", "input": columns.pop("mr"), "output": output}
@@ -179,8 +178,6 @@ def take_texts(columns: dict, record: dict, plain: bool) -> dict:
         advice = "python -m data.prepare FILE --map instruction=COLUMN output=COLUMN makes them of other columns"
         raise ValueError(f"it has {column_names(record)[:80]}; it needs instruction and output ({advice})")
     row = {key: columns.pop(name) for key, name in names.items() if name}
-    if plain and names["instruction"] == "prompt" and names["output"] == "output" and is_empty(row.get("input")):
-        return {"prompt": row["instruction"], "output": row["output"]}
     return {key: as_text(value) if value is not None or key != "instruction" else None for key, value in row.items()}
 
 
@@ -333,7 +330,7 @@ def split_by_instruction(rows: list[dict], seed: int = 0, share: float = 0.1) ->
     """(the rest, a share) of rows, so that the same instruction never stands on both sides."""
     groups = {}
     for row in rows:
-        groups.setdefault(template(row) or row["output"], []).append(row)
+        groups.setdefault(question(row) or row["output"], []).append(row)
     keys = list(groups)
     random.Random(seed).shuffle(keys)
     n = max(1, round(len(keys) * share))

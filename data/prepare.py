@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from data import PLAIN, TINY, Template, Tokenizer, encode, label_words, load_splits, make_template, p3, template, world
 from data.files import as_text, column_names, fill_missing_splits, from_known_format, read_rows, split_name, write_rows
+from data.template import TEMPLATES
 from plumbing import hub
 from plumbing.cli import Parser, UsageError, at_least, run
 from plumbing.files import read_json, replacing, write_json
@@ -97,12 +98,6 @@ def extract(archive: str, member: str, folder: str) -> str:
 
 
 # -- Rows of any columns -----------------------------------------------------------------------------------------------
-
-
-def as_instruction(record: dict, ignored: set[str] | None = None) -> dict:
-    """`from_known_format`, but prompt and output are not plain text: the prompt is an instruction."""
-    row = from_known_format(record, ignored)
-    return row if "instruction" in row else {"instruction": row.pop("prompt"), "input": "", **row}
 
 
 def map_columns(record: dict, ignored: set[str] | None, mapping: dict[str, str], labels: dict[str, str]) -> dict:
@@ -203,7 +198,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--labels", nargs="+", default=[], metavar="VALUE=WORD", help="words for the values of output")
     add("--skip-bad", action="store_true", help="leave out rows that cannot be used, and count them")
     add("--init", default="tiny", help="the model whose tokens to count: tiny, a folder, or a name on the hub")
-    add("--template", default="plain", choices=["plain", "chat"], help="layout in which to count and show them")
+    add("--template", default="plain", choices=TEMPLATES, help="layout in which to count and show them")
     add("--show", type=at_least(0), default=0, metavar="N", help="print N rows")
     args = parser.parse_args(argv)
     args.map = parse_pairs(args.map, "--map", KEYS)
@@ -255,7 +250,7 @@ def make_splits(args: Namespace) -> dict[str, list[dict]]:
     """The splits of a file of any columns, or of a public data set, which is downloaded or in --file."""
     source = SOURCES.get(args.dataset)
     own = source or args  # both have a map and labels
-    reshape = functools.partial(map_columns, mapping=own.map, labels=own.labels) if own.map else as_instruction
+    reshape = functools.partial(map_columns, mapping=own.map, labels=own.labels) if own.map else from_known_format
     if not source:
         return fill_missing_splits({"train": read_rows(args.dataset, args.skip_bad, reshape)}, args.dataset)
     files = locate_files(source, args.file, os.path.join(args.out, "raw"))

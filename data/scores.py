@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import PLAIN, Example, Template, Tokenizer, collate, evenly_spaced, shorten, template
+from data import PLAIN, Example, Template, Tokenizer, collate, evenly_spaced, shorten
 from data.reads import seen
 from model import NO_TUNER, Decoder, Tuner
 
@@ -155,10 +155,10 @@ def score_table(columns: dict[str, dict[str, Score]], counts: dict[str, int], me
         yield f"{name:{width}}  {rows:6,}" + "".join("".join(cell).rjust(wide) for cell in cells)
 
 
-def before_and_after(rows: list[dict], answers: dict[str, list[str]]) -> Iterator[str]:
+def before_and_after(rows: list[dict], answers: dict[str, list[str]], layout: Template) -> Iterator[str]:
     """What was asked, what the models of these names answer, and what was wanted, as lines of text."""
     for i, row in enumerate(rows):
-        yield "    ".join(template(row).strip().splitlines()).removesuffix("Response:").strip()
+        yield "    ".join(layout.text(row).strip().splitlines()).removesuffix("Response:").strip()
         for name, text in {**{name: texts[i] for name, texts in answers.items()}, "wanted": row["output"]}.items():
             yield f"    {name:15s} {' '.join(text.split())[:160]}"
         yield ""

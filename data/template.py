@@ -3,12 +3,14 @@
 template(row)                      the plain layout, as text
 make_template("plain", tokenizer)  the plain layout, as token ids
 make_template("chat", tokenizer)   the layout that an instruction-tuned model knows: its tokenizer's Jinja template
+make_template("text", tokenizer)   no layout: the output goes on where the instruction ends, as in a corpus
 """
 
 import datetime
 import importlib.metadata
 import json
 import re
+import sys
 from collections.abc import Callable
 
 from data.tokenizer import Tokenizer
@@ -21,8 +23,6 @@ def template(row: dict) -> str:
 
     Earlier turns stand before the instruction.  Their authors are named, unless there is just one question.
     """
-    if "instruction" not in row:
-        return row["prompt"]
     text = row["instruction"]
     if row.get("history"):
         turns = [(turn["role"], turn["content"]) for turn in row["history"]] + [("user", text)] * bool(text)
@@ -32,26 +32,41 @@ def template(row: dict) -> str:
     return f"Instruction: {text}\n{middle}Response:"
 
 
+def question(row: dict) -> str:
+    """What a row asks: its earlier turns, instruction and input, without any layout."""
+    texts = [turn["content"] for turn in row.get("history", [])] + [row["instruction"], row.get("input")]
+    return "\n".join(text for text in texts if text)
+
+
 class Template:
-    """The plain layout as token ids.  A subclass is another layout."""
+    """The plain layout as token ids.  A subclass is another layout.  ValueError: the row asks nothing."""
+
+    remark = ""  # what train.py says of it
+    about = "Input: {}\nResponse:"  # how the input stands at a prompt's end
+
+    def text(self, row: dict) -> str:
+        """What is read, as text; a subclass may have ids alone."""
+        if not question(row):
+            raise ValueError("it asks nothing (--template text learns outputs as plain text, of a corpus say)")
+        return template(row)
 
     def prompt_ids(self, row: dict, tokenizer: Tokenizer) -> list[int]:
         """Ids of what is read: everything before the answer."""
-        return tokenizer.prompt(template(row))
+        return tokenizer.prompt(self.text(row))
 
     def split_ids(self, row: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         """`prompt_ids` in two parts, the instruction and what follows it.  The first does not depend on the second.
 
         Raises ValueError for a row without an input: nothing would follow.
         """
-        if "instruction" not in row or not row.get("input", "").strip():
+        if not row.get("input", "").strip():
             raise ValueError("a hidden instruction wants an input behind it (--input; or --skip-bad, in training)")
         first, rest = self._halves(row, tokenizer)
         whole = self.prompt_ids(row, tokenizer)
         return first, whole[len(first) :] if whole[: len(first)] == first else rest
 
     def _halves(self, row: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-        text, rest = template(row), f"Input: {row['input']}\nResponse:"
+        text, rest = self.text(row), self.about.format(row["input"]).rstrip(" ")
         return tokenizer.prompt(text.removesuffix(rest)), tokenizer.encode(rest)
 
     def response_ids(self, row: dict, tokenizer: Tokenizer) -> list[int]:
@@ -66,9 +81,39 @@ class Template:
         """How many tokens stand after a prompt's last text.  They stay when a prompt is shortened."""
         return len(tokenizer.encode("\nResponse:"))
 
-    def answer_text(self, ids: list[int], tokenizer: Tokenizer) -> str:
-        """The answer in generated ids, as `output` would have it: its indentation stays."""
+    def answer_text(self, ids: list[int], tokenizer: Tokenizer, row: dict | None = None) -> str:
+        """The answer to a row in generated ids, as `output` would have it: its indentation stays."""
         return decode_after(":", ids, tokenizer).removeprefix(SEPARATOR).rstrip()
+
+
+class TextTemplate(Template):
+    """No layout: an output goes on where the prompt ends, with a space between two words.
+
+    The last spaces of a prompt belong to the output: in most vocabularies a space begins a word.
+    """
+
+    remark = ", as plain text: nothing stands around prompt and output (--template text)"
+    about = "{}"
+
+    def text(self, row: dict) -> str:
+        return question(row).rstrip(" ")
+
+    def response_ids(self, row: dict, tokenizer: Tokenizer) -> list[int]:
+        output = row["output"].rstrip()
+        return tokenizer.encode(self._gap(row, output) + output) + [self.end_id(tokenizer)] * row.get("end", True)
+
+    def _gap(self, row: dict, output: str = "") -> str:
+        """What stands between the prompt's text and an output."""
+        asked = question(row)
+        is_apart = asked[-1:].isspace() or output[:1].isspace()
+        return asked[len(self.text(row)) :] or SEPARATOR * (not is_apart)
+
+    def tail_size(self, tokenizer: Tokenizer) -> int:
+        return sys.maxsize  # a long prompt loses its beginning: its end is what the output follows
+
+    def answer_text(self, ids: list[int], tokenizer: Tokenizer, row: dict | None = None) -> str:
+        gap = self._gap(row) if row else SEPARATOR
+        return decode_after(":", ids, tokenizer).removeprefix(gap).rstrip()
 
 
 class ChatTemplate(Template):
@@ -102,12 +147,11 @@ class ChatTemplate(Template):
         self.end = tokenizer.special.get(name, tokenizer.end)
 
     def prompt_ids(self, row: dict, tokenizer: Tokenizer) -> list[int]:
-        if "instruction" not in row:  # plain text
-            return super().prompt_ids(row, tokenizer)
         return tokenizer.encode_chat(self._prompt(row, tokenizer))
 
     def _prompt(self, row: dict, tokenizer: Tokenizer) -> str:
-        request = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
+        self.text(row)  # which refuses what asks nothing
+        request = question({**row, "history": []})
         turns = row.get("history", []) + [{"role": "user", "content": request}] * bool(request)
         return self._render(turns, True, tokenizer)
 
@@ -120,8 +164,6 @@ class ChatTemplate(Template):
         return tokenizer.encode_chat(text[:cut]), tokenizer.encode_chat(text[cut:])
 
     def response_ids(self, row: dict, tokenizer: Tokenizer) -> list[int]:
-        if "instruction" not in row:
-            return super().response_ids(row, tokenizer)
         output = row["output"].rstrip()
         if opened := re.search(r"(<[\w|]+>)\s*$", self.tail):  # the template has begun the answer, with <think> say
             output = re.sub(rf"^\s*{re.escape(opened[1])}\n?", "", output)
@@ -138,7 +180,7 @@ class ChatTemplate(Template):
     def tail_size(self, tokenizer: Tokenizer) -> int:
         return len(tokenizer.encode_chat(self.tail))
 
-    def answer_text(self, ids: list[int], tokenizer: Tokenizer) -> str:
+    def answer_text(self, ids: list[int], tokenizer: Tokenizer, row: dict | None = None) -> str:
         return decode_after(":", ids, tokenizer).removeprefix(self.lead).rstrip()
 
     def _render(self, turns: list[dict], ask: bool, tokenizer: Tokenizer) -> str:
@@ -150,11 +192,12 @@ class ChatTemplate(Template):
 
 
 PLAIN = Template()
+TEMPLATES = ("plain", "chat", "text")
 
 
 def make_template(name: str, tokenizer: Tokenizer) -> Template:
-    """The template that --template names, "plain" or "chat"."""
-    return ChatTemplate(tokenizer) if name == "chat" else PLAIN
+    """The template that --template names, one of TEMPLATES."""
+    return ChatTemplate(tokenizer) if name == "chat" else TextTemplate() if name == "text" else PLAIN
 
 
 def decode_after(context: str, ids: list[int], tokenizer: Tokenizer) -> str:

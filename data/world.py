@@ -204,7 +204,8 @@ def tiny(folder: str, corpus: int = 40_000):
         "test_phrasings": instructions("phrasings", 640, held_phrasing=True),
         "train": train,  # last: if it is there, the others are, too
     }
-    text = [template(row) + " " + row["output"] for rows in files.values() for row in rows]
+    asked = lambda row: row["prompt"] if "prompt" in row else template(row)
+    text = [f"{asked(row)} {row['output']}" for rows in files.values() for row in rows]
     vocabulary = os.path.join(folder, "words.json")
     if os.path.exists(os.path.join(folder, "model.safetensors")) and read_json(vocabulary) != pieces(text):
         what = f"the words of this world are no longer those of the model in {folder}"

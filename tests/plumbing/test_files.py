@@ -251,9 +251,11 @@ def test_numbers_under_another_name_than_ours_are_text():
     assert from_known_format({"question": "is it ?", "answer": True})["output"] == "true"
 
 
-def test_prompt_and_output_are_plain_text_unless_there_is_more():
-    assert from_known_format({"prompt": "a", "output": "b", "end": False}) == {
-        "prompt": "a",
+@pytest.mark.parametrize("output", ["output", "response", "answer", "completion", " Output"])
+def test_a_prompt_is_an_instruction_whatever_stands_beside_it(output):
+    """Text is plain where --template text says so, never because of the names of two columns."""
+    assert from_known_format({"prompt": "a", output: "b", "end": False}) == {
+        "instruction": "a",
         "output": "b",
         "end": False,
     }

@@ -150,11 +150,6 @@ def test_odd_rows_are_refused_with_their_line_and_can_be_left_out(tmp_path, row,
     assert status == 0 and "left out 1 of 31 rows" in text
 
 
-def test_a_prompt_with_an_output_is_an_instruction_here():
-    """train.py takes such rows for plain text, as of a corpus."""
-    assert prepare.as_instruction({"prompt": "a", "output": "b"}) == {"instruction": "a", "input": "", "output": "b"}
-
-
 def test_unused_columns_are_named_and_those_of_a_mapping_are_used(tmp_path):
     rows = [{"id": i, "q": f"q {i}", "topic": "t", "role": "be brief", "a": "b"} for i in range(30)]
     path = written(tmp_path / "my.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -152,10 +152,38 @@ def test_a_prompt_that_is_shortened_still_asks_for_an_answer(folder):
     assert shorten(example.prompt, 58, tokenizer, template) == example.prompt
 
 
-def test_plain_text_stays_plain_under_a_chat_template(folder):
+TEXTS = [  # prompt, output, what of the prompt stays, what is learned
+    ("once", "more", "once", " more"), ("a ?", " good", "a ?", " good"), ("a: ", "b", "a:", " b"),
+    ("f:\n", "    b", "f:\n", "    b"), ("f:\n    ", "b", "f:\n", "    b"), ("a\n\n", "b", "a\n\n", "b"),
+    ("", "b", "", " b"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt, output, read, learned", TEXTS)
+def test_plain_text_is_learned_as_it_is_and_a_prompt_s_last_spaces_with_the_word_behind_them(
+    folder, prompt, output, read, learned
+):
+    """So that the tokens are those of the whole text, in a vocabulary whose words begin with a space."""
     tokenizer = tokenizer_with(folder, LLAMA3)
-    row = {"prompt": "once", "output": "more", "end": False}
-    assert encode([row], tokenizer, 99, template=ChatTemplate(tokenizer)) == encode([row], tokenizer, 99)
+    layout, row = make_template("text", tokenizer), {"instruction": prompt, "output": output, "end": False}
+    (example,) = encode([row], tokenizer, 99, template=layout)
+    assert example == ([tokenizer.begin, *read.encode()], [*learned.encode()], 0)
+    assert layout.answer_text(example.response, tokenizer, row) == output.removeprefix(" " * (output == " good"))
+    gpt2 = Tokenizer.load(shared("tokenizers", "gpt2"))
+    joint = gpt2.encode(read + learned)
+    if read and not read.endswith("\n"):
+        assert layout.prompt_ids(row, gpt2) + layout.response_ids(row, gpt2) == joint
+    long = {**row, "instruction": "x" * 99 + prompt}
+    (example,) = encode([long], tokenizer, 50, truncate=True, template=layout)
+    assert bytes(example.prompt).decode().endswith("x" + read)  # what the output follows is kept
+
+
+@pytest.mark.parametrize("name", ["plain", "chat"])
+def test_a_row_that_asks_nothing_is_refused_unless_text_is_asked_for(folder, name):
+    tokenizer = tokenizer_with(folder, LLAMA3)
+    row = {"instruction": "", "input": "", "output": "a story"}
+    with pytest.raises(ValueError, match="row 1: it asks nothing .--template text"):
+        encode([row], tokenizer, 99, template=make_template(name, tokenizer))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from data import encode
 from data.engines import GPT2, WORDS, TiktokenEngine, gpt2_chars, secret_name
+from data.template import make_template
 from data.tokenizer import END, Tokenizer, pieces
 from plumbing.files import read_json, write_json
 
@@ -199,11 +200,12 @@ def test_characters_that_a_tokenizer_does_not_know_are_counted_not_lost_in_silen
     hub.save(str(tmp_path / "tokenizer.json"))
     edit(tmp_path, "config.json", eos_token_id=1)
     tokenizer = Tokenizer.load(tmp_path)
-    rows = [{"prompt": "cat", "output": "cat"}, {"prompt": "cat", "output": "猫"}, {"prompt": "猫", "output": "cat"}]
-    encode(rows, tokenizer, 100)
+    rows = [{"instruction": a, "output": b} for a, b in (("cat", "cat"), ("cat", "猫"), ("猫", "cat"))]
+    text = make_template("text", tokenizer)
+    encode(rows, tokenizer, 100, template=text)
     printed = capsys.readouterr().err
     assert printed.startswith(f"2 of 3 rows have characters that the tokenizer lacks. The first: {rows[1]}")
-    encode(rows[:1], tokenizer, 100)
+    encode(rows[:1], tokenizer, 100, template=text)
     assert capsys.readouterr().err == ""
 
 

@@ -304,17 +304,18 @@ def test_training_from_scratch_begins_with_gpt2_s_small_weights():
 
 def test_a_model_trained_from_scratch_can_be_tuned_and_trains_in_fp32_whatever_is_asked_for(rows, tmp_path):
     out = str(tmp_path / "model")
-    scratch = ["--scratch", "--method", "full", "--data", os.path.join(rows, "pretrain"), "--dtype", "bf16"]
+    data = ["--data", os.path.join(rows, "pretrain"), "--template", "text"]
+    scratch = ["--scratch", "--method", "full", *data, "--dtype", "bf16"]
     train.main([*SMALL, *scratch, "--out", out])
     assert {x.dtype for x in tensors(out).values()} == {torch.float32}
     result = train.main([*SMALL, "--init", out, "--data", rows, "--out", str(tmp_path / "iapt")])
     assert set(result["after"]) == {"test", "test_entities", "test_phrasings"}
 
 
-def test_bf16_weights_and_rows_of_plain_text_train_an_fp32_method(rows, tmp_path):
-    """Rows with `prompt` in place of `instruction`: nothing to ask at the end, and no error."""
-    argv = [*SMALL, "--data", os.path.join(rows, "pretrain"), "--out", str(tmp_path / "x")]
+def test_bf16_weights_and_rows_of_plain_text_train_an_fp32_method_and_a_run_says_that_they_are(rows, tmp_path, capsys):
+    argv = [*SMALL, "--data", os.path.join(rows, "pretrain"), "--out", str(tmp_path / "x"), "--template", "text"]
     train.main([*argv, "--dtype", "bf16"])
+    assert "as plain text: nothing stands around prompt and output" in capsys.readouterr().out
     assert {x.dtype for x in tensors(tmp_path / "x").values()} == {torch.float32}
     with pytest.raises(ValueError, match="dtype was 'torch.bfloat16'"):
         train.main([*argv, "--dtype", "fp32", "--resume"])
