@@ -69,7 +69,8 @@ def as_row(record: object, reshape: Callable, ignored: set[str]) -> dict:
     texts = [(key, row[key]) for key in ("instruction", "input", "output") if key in row]
     for name, text in texts + [(turn["role"], turn["content"]) for turn in row.get("history", [])]:
         if not isinstance(text, str):
-            raise ValueError(f"{name} is {text!r}"[:80] + ", and should be text")
+            way = f" (data.prepare --map '{name}={{COLUMN}}' takes JSON)" if isinstance(text, list | dict) else ""
+            raise ValueError(f"{name} is {text!r}"[:80] + f", and should be text{way}")
         if re.search("[\ud800-\udfff]", text):
             raise ValueError(f"{name} has half of a character, or a byte that is not UTF-8: {ascii(text)[:60]}")
     if not row["output"].strip():
@@ -111,6 +112,7 @@ CHATS = ("messages", "conversations", "conversation")
 SYSTEM = ("system", "system_prompt")
 KNOWN = {*sum(TEXTS.values(), ()), *CHATS, *SYSTEM, "history", "task", "mr", "ref"}
 ROLES = {"human": "user", "prompter": "user", "developer": "system"}
+CALLS = ("tool_calls", "tool_call", "function_call", "function_calls")
 ROLES |= {name: "assistant" for name in ("gpt", "chatgpt", "model", "bot", "chatbot", "ai")}
 
 
@@ -120,11 +122,9 @@ def from_known_format(record: dict, ignored: set[str] | None = None) -> dict:
     Names of columns are compared without case and outer spaces.  What is not used is added to `ignored`.
     """
     columns = fold_names(record)  # those that have not been used yet
-    if isinstance(columns.get("prompt"), list) and isinstance(columns.get("completion"), list):
-        columns["messages"] = columns.pop("prompt") + columns.pop("completion")
     turns = [Turn("system", as_text(take(columns, SYSTEM)))]
     turns += read_turns(take(columns, ("history",)), "history", columns)
-    chat = read_turns(take(columns, CHATS), "messages", columns)
+    chat = read_turns(take(columns, CHATS), "messages", columns) or read_two_sides(columns)
     turns = [turn for turn in turns + chat if turn.content or turn.role != "system"]
     row, turns = split_chat(turns) if chat else (take_texts(columns, record), turns)
     if turns:
@@ -165,15 +165,27 @@ def as_text(value: object) -> object:
     return "" if value is None else value if isinstance(value, str | list | dict) else json.dumps(value)
 
 
+def find_texts(columns: dict) -> dict[str, str | None]:
+    """{key of a text: the name of its column, one that is not empty if there is, or None}."""
+    present = {key: [name for name in names if name in columns] for key, names in TEXTS.items()}
+    empty = lambda name: is_empty(columns[name])
+    return {key: min(names, key=empty, default=None) for key, names in present.items()}
+
+
+def to_text(value: object) -> str:
+    """A value as text; a list or an object as JSON.  Raises ValueError for messages."""
+    if find_messages(value):
+        raise ValueError(f"it has messages, {str(value)[:60]}: name their column alone, without braces")
+    value = as_text(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def take_texts(columns: dict, record: dict) -> dict:
     """Remove the columns of the three texts, and return them as a row."""
-    if {"mr", "ref"} <= set(columns) and not any(name in columns for name in TEXTS["instruction"]):  # the E2E data
-        output = columns.pop("ref", None)
+    names = find_texts(columns)
+    if not any(names.values()) and "ref" in columns and re.search(r"\w\[.*\]", str(columns.get("mr"))):  # the E2E data
+        output = columns.pop("ref")
         return {"instruction": "Describe the restaurant.", "input": columns.pop("mr"), "output": output}
-    names = {}
-    for key, others in TEXTS.items():
-        present = [name for name in others if name in columns]
-        names[key] = min(present, key=lambda name: is_empty(columns[name]), default=None)
     if not names["instruction"] or not names["output"]:
         advice = "python -m data.prepare FILE --map instruction=COLUMN output=COLUMN makes them of other columns"
         raise ValueError(f"it has {column_names(record)[:80]}; it needs instruction and output ({advice})")
@@ -210,6 +222,9 @@ def read_turns(chat: object, column: str, columns: dict) -> list[Turn]:
             turns += [Turn("user", as_text(message[0])), Turn("assistant", as_text(message[1]))]
             continue
         parts = fold_names(message) if isinstance(message, dict) else {}
+        if calls := take(parts, CALLS):
+            advice = "they are not read: write them into the content, or leave the chat out"
+            raise ValueError(f"a message of its {column} has tool calls, {str(calls)[:60]}; {advice}")
         role = take(parts, ("role", "from"))
         content = join_parts(next((parts.pop(name) for name in ("content", "value") if name in parts), None))
         if not isinstance(role, str) or not isinstance(content, str):
@@ -223,6 +238,49 @@ def read_turns(chat: object, column: str, columns: dict) -> list[Turn]:
         turns.append(Turn(ROLES.get(role, role), content, weight))
         columns.update({f"{column}.{name}": value for name, value in parts.items() if not is_empty(value)})
     return turns
+
+
+def find_messages(value: object) -> object:
+    """A value that is a message, a list of them, or the text of such a list, as `read_turns` wants it; else None."""
+    if isinstance(value, str):
+        if not re.match(r"\s*\[\s*\{", value):
+            return None
+        try:
+            return find_messages(json.loads(value))
+        except (ValueError, RecursionError):  # as Python prints a list: `read_turns` says what is wrong
+            return value if re.search(r"[{,]\s*'(role|from)'\s*:", value) else None
+    value = [value] if isinstance(value, dict) else value
+
+    def is_message(x):
+        keys = {str(key).strip().casefold() for key in x} if isinstance(x, dict) else set()
+        return keys & {"role", "from"} and keys & {"content", "value", *CALLS}
+
+    return value if isinstance(value, list) and value and all(map(is_message, value)) else None
+
+
+def read_two_sides(columns: dict) -> list[Turn]:
+    """The chat of two columns, what comes before an answer and what from it on, of which one at least has messages.
+
+    The second may repeat the first, or its end.  No turns if the row is one of texts, or has become one: an answer of
+    one message.
+    """
+    before, after = (find_texts(columns)[key] for key in ("instruction", "output"))
+    messages = {name: find_messages(columns[name]) for name in (before, after) if name}
+    if not after or not any(messages.values()):
+        return []
+    answers = read_turns(messages[after] or [{"role": "assistant", "content": as_text(columns[after])}], after, columns)
+    if before and not messages[before] and len(answers) == 1 and answers[0].weight:
+        columns[after] = answers[0].content
+        return []
+    turns = [Turn("user", as_text(columns[before]))] if before and not is_empty(columns[before]) else []
+    turns = read_turns(messages[before], before, columns) if before and messages[before] else turns
+    repeated = max(k for k in range(min(len(turns), len(answers)) + 1) if turns[len(turns) - k :] == answers[:k])
+    if turns and answers and not repeated and answers[0].role != "assistant":
+        advice = "--map of data.prepare, with this column for both, reads it alone"
+        raise ValueError(f"its {after} is a chat that begins otherwise than its {before} ({advice})")
+    columns.pop(before, None)
+    columns.pop(after)
+    return turns + answers[repeated:]
 
 
 def join_parts(content: object) -> object:

@@ -15,7 +15,6 @@ tenth each, so that no instruction stands on both sides.  docs/DATA.md has more.
 
 import functools
 import http.client
-import json
 import os
 import re
 import shlex
@@ -30,7 +29,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from data import PLAIN, TINY, Template, Tokenizer, encode, label_words, load_splits, make_template, p3, template, world
-from data.files import as_text, column_names, fill_missing_splits, from_known_format, read_rows, split_name, write_rows
+from data.files import column_names, fill_missing_splits, from_known_format, read_rows, split_name, to_text, write_rows
 from data.template import TEMPLATES
 from plumbing import hub
 from plumbing.cli import Parser, UsageError, at_least, run
@@ -111,9 +110,9 @@ def map_columns(record: dict, ignored: set[str] | None, mapping: dict[str, str],
     unused = set(record)
     for key, text in mapping.items():
         if text in record:
+            row[key] = record[text]
             if record[text] is None and key in ("instruction", "output"):
                 raise ValueError(f"its {text} is empty")
-            row[key] = to_text(record[text])
             unused.discard(text)
             continue
         names = re.findall(r"\{([^{}]*)\}", re.sub(r"\{\{|\}\}", "", text))
@@ -127,8 +126,7 @@ def map_columns(record: dict, ignored: set[str] | None, mapping: dict[str, str],
             r"\{\{|\}\}|\{([^{}]*)\}", lambda m: to_text(record[m[1]]) if m[1] is not None else m[0][0], text
         )
         unused.difference_update(names)
-    if system := row.pop("system", ""):
-        row["history"] = [{"role": "system", "content": system}]
+    row = from_known_format(row, ignored)
     if labels:
         if row["output"] not in labels:
             raise ValueError(f"its output is {row['output']!r}, and --labels has {', '.join(labels)}")
@@ -136,12 +134,6 @@ def map_columns(record: dict, ignored: set[str] | None, mapping: dict[str, str],
     if ignored is not None:
         ignored.update(unused)
     return row
-
-
-def to_text(value: object) -> str:
-    """A value as text; a list or an object as JSON."""
-    value = as_text(value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def parse_pairs(texts: list[str], option: str, keys: tuple = ()) -> dict[str, str]:

@@ -153,7 +153,14 @@ class ChatTemplate(Template):
         self.text(row)  # which refuses what asks nothing
         request = question({**row, "history": []})
         turns = row.get("history", []) + [{"role": "user", "content": request}] * bool(request)
-        return self._render(turns, True, tokenizer)
+        text = self._render(turns, True, tokenizer)
+        for i, turn in enumerate(turns):
+            if tokenizer.protect(turn["content"]).strip() not in text:
+                others = [*turns[:i], {**turn, "content": "?"}, *turns[i + 1 :]]
+                if self._render(others, True, tokenizer) == text:
+                    said = f"{turn['role']} says: {turn['content'][:60]}"
+                    raise ValueError(f"the model's chat template leaves out what {said}")
+        return text
 
     def _halves(self, row: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         text, about = self._prompt(row, tokenizer), tokenizer.protect(row["input"]).rstrip()

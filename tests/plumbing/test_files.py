@@ -351,9 +351,35 @@ def test_unused_keys_of_messages_are_named(tmp_path, capsys):
     assert capsys.readouterr().err == "ignored columns: id, messages.name\n"
 
 
+TOOL_CALLS = [
+    {"content": None, "tool_calls": [{"type": "function", "function": {"name": "look_up", "arguments": "{}"}}]},
+    {"content": "", "tool_calls": [{"name": "look_up"}]},
+    {"content": "wait", "Tool_Calls": [{"name": "look_up"}]},
+    {"tool_calls": [{"name": "look_up"}]},
+    {"content": None, "function_call": {"name": "look_up", "arguments": "{}"}},
+]
+
+
+def chat_with_call(call):
+    """A chat whose first answer calls a tool."""
+    record = chat(("user", "a ?"), ("assistant", ""), ("tool", "12"), ("assistant", "b"))
+    record["messages"][1] = {"role": "assistant", **call}
+    return record
+
+
+def test_tools_that_are_only_offered_are_a_column_that_is_named():
+    ignored = set()
+    record = {**chat(("user", "a ?"), ("assistant", "b")), "tools": [{"name": "look_up"}]}
+    record["messages"][1] |= {"tool_calls": None, "function_call": {}}
+    assert from_known_format(record, ignored)["output"] == "b" and ignored == {"tools"}
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
+        *((chat_with_call(call), "a message of its messages has tool calls, .*'look_up'") for call in TOOL_CALLS),
+        ({"history": chat_with_call(TOOL_CALLS[0])["messages"], "instruction": "a", "output": "b"}, "has tool calls"),
+        ({"prompt": "a ?", "completion": chat_with_call(TOOL_CALLS[1])["messages"][1:2]}, "has tool calls"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a message has a part of type 'text'"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "text": "x"}]}]}, "part of type 'image'"),
         ({"messages": [{"role": 7, "content": "a"}]}, "no role and content, both text"),
@@ -473,3 +499,61 @@ def test_a_column_that_is_called_as_e2e_s_is_one_only_where_nothing_else_says_wh
     row = from_known_format({"instruction": "Summarize.", "output": "b", "mr": 12, "ref": "main"})
     assert (row["instruction"], row["output"]) == ("Summarize.", "b")
     assert from_known_format({"mr": "name[x]", "ref": "b"})["instruction"] == "Describe the restaurant."
+    for others in ({"input": "a", "output": "b"}, {"output": "b"}, {"title": "a"}):  # a merge request's, and no E2E's
+        with pytest.raises(ValueError, match="it has mr, ref, .*; it needs instruction and output"):
+            from_known_format({"mr": 12, "ref": "main", **others})
+
+
+USER, ANSWER, SYSTEM = ({"role": role, "content": text} for role, text in zip(("user", "assistant", "system"), "abs"))
+
+
+@pytest.mark.parametrize(
+    "row, history",
+    [
+        ({"prompt": "a", "completion": [ANSWER]}, []),
+        ({"prompt": "a", "completion": [USER, ANSWER]}, []),
+        ({"prompt": "a", "response": ANSWER}, []),
+        ({"prompt": [USER], "completion": "b"}, []),
+        ({"prompt": "a", "completion": json.dumps([USER, ANSWER])}, []),
+        ({"output": [USER, ANSWER]}, []),
+        ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, [SYSTEM]),
+        ({"prompt": [SYSTEM, USER], "completion": [USER, ANSWER]}, [SYSTEM]),
+        ({"prompt": [SYSTEM, USER, ANSWER, USER], "completion": [ANSWER]}, [SYSTEM, USER, ANSWER]),
+        ({"prompt": [SYSTEM, USER], "completion": [SYSTEM, USER, ANSWER]}, [SYSTEM]),
+    ],
+)
+def test_messages_in_place_of_a_text_are_a_chat(row, history):
+    row = from_known_format(row)
+    assert [row["instruction"], row.get("input", ""), row["output"], row.get("history", [])] == ["a", "", "b", history]
+
+
+def test_an_answer_of_one_message_leaves_the_other_columns_what_they_are():
+    assert from_known_format({"instruction": "a", "input": "x", "output": [ANSWER]})["input"] == "x"
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (
+            {"prompt": "c", "completion": [USER, ANSWER]},
+            "its completion is a chat that begins otherwise than its prompt",
+        ),
+        ({"prompt": "a", "completion": str([USER, ANSWER])}, "completion is .*, and should be a list in JSON"),
+        ({"prompt": [USER, ANSWER, USER], "completion": ""}, "output is empty"),
+        ({"prompt": [USER, ANSWER]}, "it needs instruction and output"),
+        (
+            {"prompt": "a", "completion": {"b": 1}},
+            "should be text .data.prepare --map 'output={COLUMN}' takes JSON",
+        ),
+    ],
+)
+def test_messages_that_are_not_a_text_s_chat_are_a_bad_row(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        read_rows(written(tmp_path / "a.jsonl", lines([row])))
+
+
+@pytest.mark.parametrize(
+    "output", ['[{"value": 3, "unit": "kg"}]', '[{"from": "a", "to": "b"}]', "[{'value': 3}]", "[{x"]
+)
+def test_json_that_is_no_chat_is_text(output):
+    assert from_known_format({"instruction": "a", "output": output})["output"] == output

@@ -14,6 +14,7 @@ from conftest import ROOT, run_in, shared
 from test_hub import COMMIT, Hub
 
 from data import Tokenizer, collate, encode, load_splits, p3, prepare, template
+from data.files import as_row
 
 LIMA = {"instruction": "what is the capital of peru ?", "input": "", "output": "lima"}
 
@@ -184,6 +185,29 @@ def test_doubled_braces_of_a_mapping_are_braces():
     mapping = {"instruction": 'Reply with {{"label": 0}}: {text} {{text}}', "output": "stars"}
     row = prepare.map_columns({"text": "a", "stars": "1"}, None, mapping, {})
     assert row["instruction"] == 'Reply with {"label": 0}: a {text}'
+
+
+def test_columns_of_messages_are_mapped_as_the_chat_that_they_are():
+    user, answer, other = (
+        {"role": role, "content": text} for role, text in zip(("user", "assistant", "assistant"), "abc")
+    )
+    record = {"prompt": "a", "chosen": [user, answer], "rejected": [user, other], "choices": ["x", "y"]}
+    ignored = set()
+
+    def read(**mapping):
+        return as_row(record, lambda record, ignored: prepare.map_columns(record, ignored, mapping, {}), ignored)
+
+    for question in ("prompt", "chosen"):
+        assert read(instruction=question, output="chosen") == {"instruction": "a", "input": "", "output": "b"}
+        assert "rejected" in ignored
+    for text in ("{chosen}", "so: {chosen}"):
+        with pytest.raises(ValueError, match="it has messages, .*: name their column alone, without braces"):
+            read(instruction="prompt", output=text)
+    with pytest.raises(
+        ValueError, match="should be text .data.prepare --map 'output={COLUMN}'"
+    ):
+        read(instruction="prompt", output="choices")
+    assert read(instruction="prompt", output="{choices}")["output"] == '["x", "y"]'
 
 
 def test_nan_is_a_cell_that_is_missing():

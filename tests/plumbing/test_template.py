@@ -212,6 +212,17 @@ def test_a_row_that_a_template_refuses_is_named(folder):
         encode(rows, tokenizer, 999, template=ChatTemplate(tokenizer))
 
 
+def test_a_turn_that_a_template_leaves_out_is_refused_and_one_that_it_changes_is_not(folder):
+    two = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ m.content.split('</think>')[-1] }} "
+    tokenizer = tokenizer_with(folder, two + "{% endif %}{% endfor %}")
+    layout, row = ChatTemplate(tokenizer), {"instruction": "a ?", "output": "b"}
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<think>so</think>yo"}]
+    assert layout.prompt_ids({**row, "history": turns}, tokenizer) == [*b"hi yo a ? "]
+    for role in ("tool", "system"):
+        with pytest.raises(ValueError, match=f"template leaves out what {role} says: 12"):
+            layout.prompt_ids({**row, "history": [*turns, {"role": role, "content": "12"}]}, tokenizer)
+
+
 def test_without_jinja_the_message_says_what_to_install(folder, monkeypatch):
     real = builtins.__import__
 
