@@ -3,6 +3,7 @@
     python sample.py out/iapt "the plural of mouse ?" "the past of go ?"            # one instruction or several
     python sample.py out/iapt "tell me the reverse of these words ." --input "cat sun moon"
     python sample.py out/iapt < questions.txt                                       # a line each; without: a dialogue
+    python sample.py out/iapt --json < rows.jsonl                                   # rows in JSON, with their answers
     python sample.py out/iapt "the past of go ?" --explain                          # what each soft token reads
     python sample.py --tenant out/iapt "the past of go ?" --tenant out/lora "the plural of mouse ?"     # one batch
 A run of --hide-instruction reads an instruction once for all inputs, and can keep what it wrote:
@@ -12,19 +13,22 @@ A run of --hide-instruction reads an instruction once for all inputs, and can ke
 A map of this file: open_model, open_runs; generate, with prefill and sample_token; answer; main.
 """
 
+import contextlib
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from baselines import build
 from baselines.tenants import Tenants
-from data import PLAIN, right_pad, shorten
-from data.instructions import read_instructions, recall, save_instruction
+from data import PLAIN, right_pad
+from data.instructions import load_instruction, read_instructions, recall, save_instruction
+from data.questions import Answer, make_batches, print_answers, read_question
 from data.template import Template, make_template
 from data.tokenizer import Tokenizer
 from iapt import IAPT, PaperIAPT
@@ -33,6 +37,7 @@ from plumbing.caches import beam_search, common_prefix, read_prefix
 from plumbing.checkpoint import load_checkpoint, load_into
 from plumbing.cli import Parser, UsageError, add_device_options, at_least, pick_device, run
 from plumbing.compiling import compiled_step
+from plumbing.decoding import check_room, sample_token
 from plumbing.explain import reading_weights, shade_words
 from plumbing.hub import find_model
 from plumbing.pretrained import fingerprint, init_weights, load_pretrained, read_config
@@ -108,11 +113,7 @@ def generate(
     if not longest or not all(prompts):
         raise ValueError("an empty prompt: there is nothing to continue")
     longest += (tuner or NO_TUNER).first if past is None else int(past.pos.max())
-    if longest + max_new > model.config.block_size:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new} new ones: this model has room for {model.config.block_size}"
-            " (--max-new, or shorten the prompt)"
-        )
+    check_room(longest, max_new, model.config.block_size)
     if beams < 1 or beams > 1 and sampling.get("temperature"):
         raise ValueError(f"a beam search draws nothing: give {beams} beams or a temperature, not both")
     training = tuner is not None and tuner.training
@@ -155,48 +156,42 @@ def prefill(
     return model.prefill(idx, length, tuner, room, past)
 
 
-def sample_token(
-    logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
-    """Next tokens (B,) from logits (B, V): the likeliest at temperature 0, else drawn.
+def answer(*args, **settings) -> list[str]:
+    """`answers` as texts.  Raises the first error among them."""
+    found = answers(*args, **settings)
+    if errors := [one.error for one in found if one.error]:
+        raise errors[0]
+    return [one.text for one in found]
 
-    Drawn from the top_k likeliest (0: all) and the fewest likeliest tokens that have the mass top_p.
+
+def answers(
+    model: Decoder, tokenizer: Tokenizer, rows: list[dict | ValueError], tuner: Tuner | None = None, max_new: int = 0,
+    truncate: bool = False, template: Template = PLAIN, saved: dict[str, Cache] | None = None, batch_size: int = 32,
+    seed: int = 0, **settings,
+) -> list[Answer]:  # fmt: skip
+    """Answers to rows of instruction and input, each as it is alone; `settings` go to `generate`, greedy by default.
+
+    A row that is an error, or too long, has an error as answer.  Rows of similar length share a batch.
+
+    tuner       attached to the model, but for Tenants, which are attached batch by batch
+    max_new     tokens; 0 means 64, or as many as a row has room for
+    truncate    make room by shortening prompts
+    saved       hidden instructions, by the text in a row that stands for them, such as "@FILE"
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits, order = logits.float().sort(-1, descending=True)
-    logits = logits - logits[:, :1]  # the largest is 0, which no temperature overflows
-    probs = (logits / max(temperature, 1e-20)).softmax(-1)
-    drop = probs.cumsum(-1) - probs >= top_p  # the mass before a token, so that the first always stays
-    if top_k:
-        drop[:, top_k:] = True
-    drop[:, 0] = False
-    return order.gather(1, torch.multinomial(probs.masked_fill(drop, 0), 1, generator=generator))[:, 0]
-
-
-def answer(
-    model: Decoder, tokenizer: Tokenizer, rows: list[dict], tuner: Tuner | None = None, max_new: int = 0,
-    truncate: bool = False, template: Template = PLAIN, past: Cache | None = None, **settings,
-) -> list[str]:  # fmt: skip
-    """Answers to rows of instruction and input, as text; `settings` go to `generate`, which is greedy by default.
-
-    max_new=0 means 64 tokens, or as many as there is room for; truncate makes room by shortening prompts.  past: the
-    rows' instructions, for a tuner from which they are hidden; they are read if it is left out.
-    """
-    limit = model.config.block_size - (tuner or NO_TUNER).first
-    if tuner is not None and tuner.act == "hidden":
-        halves = [template.split_ids(row, tokenizer) for row in rows]
-        past = read_instructions(model, [first for first, _ in halves], tuner) if past is None else past
-        prompts, tuner, limit = [rest for _, rest in halves], None, limit - int(past.pos.max())
-    else:
-        prompts = [template.prompt_ids(row, tokenizer) for row in rows]
-        if truncate:
-            room = limit - (max_new or min(64, limit // 2))
-            prompts = [shorten(prompt, room, tokenizer, template) for prompt in prompts]
-    max_new = max_new or max(1, min(64, limit - max(map(len, prompts))))
-    answers = generate(model, prompts, tuner, max_new, template.end_id(tokenizer), past=past, **settings)
-    return [template.answer_text(ids, tokenizer) for ids in answers]
+    hidden, is_mixed = tuner is not None and tuner.act == "hidden", isinstance(tuner, Tenants)
+    how = model.config.block_size - (tuner or NO_TUNER).first, max_new, truncate, hidden, saved or {}, batch_size
+    found, batches = make_batches(rows, tokenizer, template, *how)
+    if is_mixed and len(batches) > 1 and settings.get("step"):
+        raise UsageError("--compile: these tenants make several batches, each of other weights: leave the option out")
+    for k, batch in enumerate(tqdm(batches, "answers", leave=False, disable=None if len(batches) > 1 else True)):
+        places, firsts, prompts, _, (new, *_) = map(list, zip(*batch))
+        with tuner.attached(model, places) if is_mixed else contextlib.nullcontext(tuner) as own:
+            past = (read_instructions if is_mixed else recall)(model, firsts, own) if hidden else None
+            settings |= {"seed": seed + (k << 40), "past": past}
+            ids = generate(model, prompts, None if hidden else own, new, template.end_id(tokenizer), **settings)
+        for i, new_ids in zip(places, ids):
+            found[i] = Answer(template.answer_text(new_ids, tokenizer, rows[i]), cut=len(new_ids) == new)
+    return found
 
 
 # -- The command line --------------------------------------------------------------------------------------------------
@@ -210,8 +205,11 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--input", action="append", default=[], help="what an instruction is about: one for all, or each; many for one")
     add("--save", metavar="FILE", help="keep the soft tokens of a hidden instruction, to be used as @FILE")
     add("--tenant", action="append", nargs="+", default=[], help="a run and what to ask it; several make one batch")
+    add("--system", default="", help="a system message before each instruction")
+    add("--json", action="store_true", help="a line of JSON for each answer; a question may be a row in JSON, too")
     add("--init", help="the frozen model (default: the one of the training run)")
     add("--frozen", action="store_true", help="leave the tuning out: the frozen model alone")
+    add("--batch-size", type=at_least(1), default=32, help="questions at a time")
     add("--max-new", type=at_least(0), default=0, help="most tokens to write (default: 64, or as many as fit)")
     add("--beams", type=at_least(1), default=1, help="width of a beam search; 1 is greedy")
     add("--temperature", type=at_least(0.0), default=0.0, help="0 is greedy")
@@ -233,6 +231,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
         args.prompts *= len(args.input)
     if len(args.input) not in (0, 1, len(args.prompts)):
         parser.error(f"{len(args.input)} --input for {len(args.prompts)} instructions: give one for all, or one each")
+    if args.json and (args.explain or args.save):
+        parser.error("--json goes without --explain and without --save: their lines are no JSON")
     if args.beams > 1 and args.temperature:
         parser.error("--beams goes without --temperature")
     if not 0 < args.top_p <= 1:
@@ -250,47 +250,48 @@ def main(argv: list[str] | None = None):
     if args.tenant:
         tenant_of_row = [paths.index(path) for path, *prompts in tenants for _ in prompts]
         tuner = Tenants(tuners, tenant_of_row).to(device)
+    elif tuner is not None:
+        tuner.attach(model)
     hidden = tuner is not None and tuner.act == "hidden"
     saved = any(text.startswith("@") and (hidden or os.path.exists(text[1:])) for text in args.prompts)
     if args.explain and (not isinstance(tuner, (IAPT, PaperIAPT)) or saved):
         raise UsageError(
             "--explain shows what IAPT's soft tokens read: it wants one run of iapt, no --frozen, no @FILE"
         )
-    if tuner is not None:
-        tuner.attach(model)
     if (args.save or saved) and (not hidden or args.tenant or args.save and len(set(args.prompts)) != 1):
         raise UsageError("--save (one instruction) and @FILE are for one run of --hide-instruction, without --frozen")
-    settings = {name: getattr(args, name) for name in ("max_new", "seed", "beams", "temperature", "top_k", "top_p")}
+    settings = {name: getattr(args, name) for name in "batch_size max_new seed beams temperature top_k top_p".split()}
     settings |= {"template": template, "step": compiled_step(model) if args.compile else None}
 
-    def ask(instructions):
-        """Lines to print: an answer to each instruction, with --explain after what was read for it."""
-        inputs = args.input * len(instructions) if len(args.input) == 1 else args.input or [""] * len(instructions)
-        rows = [{"instruction": text, "input": about} for text, about in zip(instructions, inputs)]
-        past = recall(model, tokenizer, template, tuner, instructions) if hidden and not args.tenant else None
+    def ask(texts: list[str]) -> bool:
+        """Print an answer to each question, with --explain after what was read for it.  Whether all have one."""
+        inputs = args.input * len(texts) if len(args.input) == 1 else args.input or [""] * len(texts)
+        records, rows = zip(*(read_question(*question, args.system, args.json) for question in zip(texts, inputs)))
+        caches = {text: load_instruction(text[1:], model, tuner) for text in {*texts} if hidden and text[:1] == "@"}
         if args.save:
-            save_instruction(args.save, past, model, tuner)
-            yield f"saved {args.save}: soft tokens of the instruction, to be kept as safely as its text"
+            first, _ = template.split_ids({**rows[0], "input": "any"}, tokenizer)
+            save_instruction(args.save, recall(model, [caches.get(texts[0], first)], tuner), model, tuner)
+            print(f"saved {args.save}: soft tokens of the instruction, to be kept as safely as its text")
             if not args.input:
-                return
-        for row, text in zip(rows, answer(model, tokenizer, rows, tuner, past=past, **settings)):
-            if args.explain:
-                prompt = template.split_ids(row, tokenizer)[0] if hidden else template.prompt_ids(row, tokenizer)
-                weights = reading_weights(model, tuner, prompt)
-                yield from shade_words(tokenizer.words(prompt), weights, sys.stdout.isatty())
-            yield text
+                return True
+        found = answers(model, tokenizer, rows, tuner, saved=caches, **settings)
+        return print_answers(records, rows, found, args.json, args.explain and explain)
+
+    def explain(row: dict) -> Iterator[str]:
+        prompt = template.split_ids(row, tokenizer)[0] if hidden else template.prompt_ids(row, tokenizer)
+        return shade_words(tokenizer.words(prompt), reading_weights(model, tuner, prompt), sys.stdout.isatty())
 
     if args.prompts or not sys.stdin.isatty():
         lines = args.prompts or [line for line in (line.strip("\ufeff\r\n\t ") for line in sys.stdin) if line]
         if not lines:
             raise ValueError("nothing to answer: standard input is empty")
-        return print(*ask(lines), sep="\n")
+        return ask(lines) or sys.exit(1)
     print("Type an instruction, then Enter; Ctrl-D ends.")
     while True:
         try:
             if text := input("> ").strip():
-                print(*ask([text]), sep="\n")
-        except ValueError as e:  # too long a question, say: no reason to leave
+                ask([text])
+        except ValueError as e:  # a file that is no instruction, say: no reason to leave
             print(f"error: {e}")
         except (EOFError, KeyboardInterrupt):
             return print()

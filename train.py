@@ -22,6 +22,7 @@ from tqdm import tqdm
 from baselines import METHODS, build, spell_out
 from data import Batch, Batches, Example, encode, evenly_spaced, open_data, rows_fingerprint, with_input
 from data.files import label_words
+from data.questions import as_arguments
 from data.reads import Reads, Teacher, keep_reads
 from data.scores import BLIND, Session, before_and_after, evaluate, plain_examples, score_table
 from data.template import TEMPLATES, make_template
@@ -290,8 +291,7 @@ def main(argv: list[str] | None = None) -> dict:
             copy_tokenizer(find_model(args.init), args.out)
         print(f"saved the model as a Hugging Face folder, too: python train.py --init {shlex.quote(args.out)}")
     else:
-        about = ["--input", shown[0]["input"]] if shown[0].get("input") else []
-        print("try it:", shlex.join(["python", "sample.py", args.out, shown[0]["instruction"], *about]))
+        print("try it:", shlex.join(["python", "sample.py", args.out, *as_arguments(shown[0])]))
     distributed.shutdown()
     return {"before": scores[alone], "after": scores[name], "path": folder.best}
 

@@ -70,6 +70,16 @@ class Tenants(EmbeddedTuner):
             tuner.detach()
             tuner.rows = None
 
+    @contextlib.contextmanager
+    def attached(self, model: Decoder, rows: list[int]) -> Iterator["Tenants"]:
+        """The tenants of these rows of the batch, attached meanwhile."""
+        part = Tenants(list(self.tuners), self.tenant_of_row[rows]).to(self.tenant_of_row.device).eval()
+        part.attach(model)
+        try:
+            yield part
+        finally:
+            part.detach()
+
     def hooked_tuners(self) -> list[Hooked]:
         """The tuners that put hooks on the model, LoRA's of several tenants as one."""
         hooked = {t: tuner for t, tuner in enumerate(self.tuners) if isinstance(tuner, Hooked)}

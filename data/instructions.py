@@ -1,7 +1,7 @@
 """Hidden instructions: read once, for all inputs that share them, and kept in files, to be used without their words.
 
     cache = read_instructions(model, [ids, ...], tuner)     # `generate(.., past=cache)` goes on from it
-    cache = recall(model, tokenizer, template, tuner, ["Translate to French.", "@plural.safetensors"])
+    cache = recall(model, [ids, load_instruction("plural.safetensors", model, tuner), ...], tuner)
     save_instruction("french.safetensors", cache, model, tuner)
 
 A file has keys and values (L, G, P, D).  They were made from a text: treat them as you would treat the text.
@@ -10,8 +10,6 @@ A file has keys and values (L, G, P, D).  They were made from a text: treat them
 import torch
 
 from data import right_pad
-from data.template import Template
-from data.tokenizer import Tokenizer
 from model import Cache, Context, Decoder, Soft, Tuner
 from plumbing.pretrained import fingerprint, read_safetensors, write_safetensors
 
@@ -29,16 +27,13 @@ def read_instructions(model: Decoder, instructions: list[list[int]], tuner: Tune
     return cache
 
 
-def recall(model: Decoder, tokenizer: Tokenizer, template: Template, tuner: Tuner, instructions: list[str]) -> Cache:
-    """A row for each of these texts, or files of `save_instruction` ("@FILE"); equal ones are read once."""
+def recall(model: Decoder, instructions: list[list[int] | Cache], tuner: Tuner) -> Cache:
+    """A row for each instruction, given as ids or by `load_instruction`; equal ids are read once."""
     caches = {}
-    for text in dict.fromkeys(instructions):
-        if text.startswith("@"):
-            caches[text] = load_instruction(text[1:], model, tuner)
-        else:
-            first, _ = template.split_ids({"instruction": text, "input": "any"}, tokenizer)
-            caches[text] = read_instructions(model, [first], tuner)
-    return join_rows([caches[text] for text in instructions])
+    for ids in instructions:
+        if not isinstance(ids, Cache) and tuple(ids) not in caches:
+            caches[tuple(ids)] = read_instructions(model, [ids], tuner)
+    return join_rows([ids if isinstance(ids, Cache) else caches[tuple(ids)] for ids in instructions])
 
 
 def save_instruction(path: str, cache: Cache, model: Decoder, tuner: Tuner):

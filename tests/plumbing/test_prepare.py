@@ -203,9 +203,7 @@ def test_columns_of_messages_are_mapped_as_the_chat_that_they_are():
     for text in ("{chosen}", "so: {chosen}"):
         with pytest.raises(ValueError, match="it has messages, .*: name their column alone, without braces"):
             read(instruction="prompt", output=text)
-    with pytest.raises(
-        ValueError, match="should be text .data.prepare --map 'output={COLUMN}'"
-    ):
+    with pytest.raises(ValueError, match="should be text .data.prepare --map 'output={COLUMN}'"):
         read(instruction="prompt", output="choices")
     assert read(instruction="prompt", output="{choices}")["output"] == '["x", "y"]'
 
