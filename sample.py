@@ -187,7 +187,7 @@ def answers(
         places, firsts, prompts, _, (new, *_) = map(list, zip(*batch))
         with tuner.attached(model, places) if is_mixed else contextlib.nullcontext(tuner) as own:
             past = (read_instructions if is_mixed else recall)(model, firsts, own) if hidden else None
-            settings |= {"seed": seed + (k << 40), "past": past}
+            settings |= {"seed": seed + 1_000_003 * k, "past": past}
             ids = generate(model, prompts, None if hidden else own, new, template.end_id(tokenizer), **settings)
         for i, new_ids in zip(places, ids):
             found[i] = Answer(template.answer_text(new_ids, tokenizer, rows[i]), cut=len(new_ids) == new)

@@ -90,6 +90,10 @@ def test_one_instruction_is_asked_of_several_inputs_saved_and_used_without_its_w
     assert capsys.readouterr().out.splitlines() == answers
     sample.main([run, "make it short :", f"@{path}", "--input", about[0]])
     assert capsys.readouterr().out.splitlines()[1] == answers[0]
+    sample.main([run, f"@{path}", *inputs, "--batch-size", "1"])
+    assert capsys.readouterr().out.splitlines() == answers
+    status, text = run_in(sample, run, f"@{path}", *inputs[:2], "--system", "be brief")
+    assert status == 1 and "has been read already, without --system" in text
     os.remove(path)
     sample.main([run, "be polite :", "--save", path])  # no question: it is saved all the same
     assert os.path.exists(path) and len(capsys.readouterr().out.splitlines()) == 1
@@ -102,6 +106,10 @@ def test_a_question_in_a_batch_is_answered_as_it_is_alone_and_as_training_scores
     rows = open_data(moods)["test"][:8]
     together = sample.answer(model, tokenizer, rows, tuner, template=template)
     assert together == [sample.answer(model, tokenizer, [row], tuner, template=template)[0] for row in rows]
+    assert together == sample.answer(model, tokenizer, rows, tuner, template=template, batch_size=3)
+    long = {**rows[0], "input": "cat " * 300}
+    refused, found = sample.answers(model, tokenizer, [long, rows[1]], tuner, template=template)
+    assert "room for 256" in str(refused.error) and found.text == together[1]
     (example,) = encode(rows[:1], tokenizer, 256, hide=True)
     idx = torch.tensor([example.prompt])
     instr = torch.arange(idx.shape[1])[None] < example.hidden

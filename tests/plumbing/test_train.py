@@ -27,6 +27,7 @@ from baselines import METHODS, build
 from data import TINY, Example, Tokenizer, collate, encode, load_splits, scores
 from data.files import label_words
 from data.scores import accuracy, evaluate, score_examples
+from data.tokenizer import END
 from iapt import IAPT
 from model import Config, Tuner
 from plumbing import cli, explain
@@ -407,6 +408,7 @@ def odd_run(tmp_path_factory):
     with open(path, "w", encoding="utf-8") as f:
         for i in range(40):
             row = {"instruction": f'what costs $HOME or `echo {i}` or "{i}" ?', "input": "it's ñ; ls", "output": "no"}
+            row["system"] = "it's `ls`"
             f.write(json.dumps(row) + "\n")
     status, text = run_in(train, *SMALL, "--data", path, "--out", out)
     assert status == 0, text
@@ -419,7 +421,8 @@ def test_the_command_that_a_run_ends_with_can_be_pasted_into_a_shell(odd_run):
     (command,) = re.findall(r"^try it: (.*)$", text, re.MULTILINE)
     shell = f"python() {{ printf '%s\\0' \"$@\"; }}\n{command}"  # what python would be given
     script, *args = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True).stdout.split("\0")
-    assert script == "sample.py" and args[0] == out and args[2:4] == ["--input", "it's ñ; ls"]
+    assert script == "sample.py" and args[0] == out
+    assert args[2:-1] == ["--input", "it's ñ; ls", "--system", "it's `ls`"]
     assert re.fullmatch(r'what costs \$HOME or `echo \d+` or "\d+" \?', args[1])
     assert run_in(sample, *args[:-1], *CPU)[0] == 0
 
@@ -481,6 +484,10 @@ def test_tenants_on_the_command_line_answer_as_each_does_alone(rows, trained, tm
     _, b = run_in(sample, other, *questions, *CPU)
     _, both = run_in(sample, "--tenant", other, *questions, "--tenant", trained, questions[0], *CPU)
     assert both == b + a and a != b.splitlines()[0]
+    batches = ["--tenant", other, *questions, "--tenant", trained, questions[0], "--batch-size", "1"]
+    assert run_in(sample, *batches, *CPU) == (0, both)
+    status, text = run_in(sample, *batches, *CPU, "--compile")
+    assert status == 2 and "these tenants make several batches" in text
     explained = run_in(sample, other, "the past of go ?", "--explain", *CPU)
     assert explained == (
         2,
@@ -488,8 +495,12 @@ def test_tenants_on_the_command_line_answer_as_each_does_alone(rows, trained, tm
     )
 
 
-def test_a_run_is_asked_in_the_template_that_it_was_trained_with(rows, trained, tmp_path, monkeypatch):
-    pytest.importorskip("jinja2", reason="pip install jinja2")
+@pytest.mark.parametrize(
+    "name, asked", [("chat", "user says the plural of mouse ? . the word :"), ("text", "the plural of mouse ?")]
+)
+def test_a_run_is_asked_in_the_template_that_it_was_trained_with(name, asked, rows, trained, tmp_path, monkeypatch):
+    if name == "chat":
+        pytest.importorskip("jinja2", reason="pip install jinja2")
     out, prompts = str(tmp_path / "x"), []
     real_load, real_generate = Tokenizer.load, sample.generate
 
@@ -503,10 +514,10 @@ def test_a_run_is_asked_in_the_template_that_it_was_trained_with(rows, trained, 
         return real_generate(model, ids, *args, **settings)
 
     monkeypatch.setattr(Tokenizer, "load", load)
-    train.main([*SMALL, "--template", "chat", "--data", rows, "--out", out])
+    train.main([*SMALL, "--template", name, "--data", rows, "--out", out])
     monkeypatch.setattr(sample, "generate", generate)
     sample.main([out, "the plural of mouse ?", *CPU])
-    assert [load(TINY).decode(ids).strip() for ids in prompts] == ["user says the plural of mouse ? . the word :"]
+    assert [load(TINY).decode(ids).removeprefix(END).strip() for ids in prompts] == [asked]
     status, text = run_in(sample, "--tenant", out, "x", "--tenant", trained, "x", *CPU)
     assert status == 1 and f"{trained} has another template than {out}" in text
 
