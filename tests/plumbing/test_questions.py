@@ -90,7 +90,7 @@ def test_rows_in_json_are_answered_by_rows_in_json_that_keep_their_columns(capsy
         {"id": 7, "instruction": "the plural of mouse ?", "answer": "wanted"},
         {"messages": [{"role": "user", "content": "the plural of mouse ?"}]},
         {"messages": [{"role": "user", "content": "the plural of mouse ?"}, {"role": "assistant", "content": "x"}]},
-        {"question": "say the reverse of these words .", "context": "cat sun", "output": None},
+        {"question": "say the reverse of these words .", "context": "cat sun", "Output": None},
     ]
     texts = [
         *map(json.dumps, questions),

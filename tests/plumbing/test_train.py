@@ -476,17 +476,16 @@ def test_explain_shows_weights_of_the_instruction_s_words(trained, capsys):
     assert shown == sorted(shown, reverse=True) and 0.3 < sum(shown) <= 1.02
 
 
-def test_tenants_on_the_command_line_answer_as_each_does_alone(rows, trained, tmp_path):
+def test_tenants_on_the_command_line_answer_as_each_does_alone(rows, tmp_path):
     other = str(tmp_path / "lora")
     train.main([*SMALL, "--steps", "30", "--data", rows, "--out", other, "--method", "lora", "--lr", "2e-2"])
-    questions = ["the plural of mouse ?", "what is the capital of peru ?"]
-    _, a = run_in(sample, trained, questions[0], *CPU)
+    questions = ["what is the capital of peru ?", "the plural of mouse ?"]  # the longer one first: batches are sorted
+    _, a = run_in(sample, SHIPPED, questions[1], *CPU)
     _, b = run_in(sample, other, *questions, *CPU)
-    _, both = run_in(sample, "--tenant", other, *questions, "--tenant", trained, questions[0], *CPU)
-    assert both == b + a and a != b.splitlines()[0]
-    batches = ["--tenant", other, *questions, "--tenant", trained, questions[0], "--batch-size", "1"]
-    assert run_in(sample, *batches, *CPU) == (0, both)
-    status, text = run_in(sample, *batches, *CPU, "--compile")
+    asked = ["--tenant", other, *questions, "--tenant", SHIPPED, questions[1], *CPU]
+    assert run_in(sample, *asked) == (0, b + a) and a not in b
+    assert run_in(sample, *asked, "--batch-size", "1") == (0, b + a)
+    status, text = run_in(sample, *asked, "--batch-size", "1", "--compile")
     assert status == 2 and "these tenants make several batches" in text
     explained = run_in(sample, other, "the past of go ?", "--explain", *CPU)
     assert explained == (
