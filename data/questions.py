@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from data import shorten
-from data.files import CHATS, TEXTS, as_row, fold_names, from_known_format, read_turns, take
+from data.files import CHATS, as_row, fold_names, from_known_format, read_turns, take
 from data.formats import parse_json
 from data.template import Template
 from data.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ def read_question(
 
 def as_question(record: dict) -> dict:
     """The row of a record that needs no output: what stands there, and a last answer, is left out."""
-    columns = {name: value for name, value in fold_names(record).items() if name not in TEXTS["output"]}
+    columns = fold_names(record)
     if chat := read_turns(take(columns, CHATS), "messages", {}):
         chat = chat[:-1] if chat[-1].role == "assistant" else chat
         columns["messages"] = [*(turn._asdict() for turn in chat), {"role": "assistant", "content": "?"}]
