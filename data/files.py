@@ -223,7 +223,7 @@ def read_turns(chat: object, column: str, columns: dict) -> list[Turn]:
             continue
         parts = fold_names(message) if isinstance(message, dict) else {}
         if calls := take(parts, CALLS):
-            advice = "they are not read: write them into the content, or leave the chat out"
+            advice = "they are not read: write them into the content"
             raise ValueError(f"a message of its {column} has tool calls, {str(calls)[:60]}; {advice}")
         role = take(parts, ("role", "from"))
         content = join_parts(next((parts.pop(name) for name in ("content", "value") if name in parts), None))

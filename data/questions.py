@@ -30,9 +30,7 @@ class Answer(NamedTuple):
         return {"error": str(self.error)} if self.error else {"output": self.text, "cut": self.cut}
 
 
-def read_question(
-    text: str, about: str = "", system: str = "", is_json: bool = False
-) -> tuple[dict, dict | ValueError]:
+def read_question(text: str, about: str, system: str, is_json: bool) -> tuple[dict, dict | ValueError]:
     """(record, row) of an instruction, an input and a system message; or of an object of such columns, where is_json.
 
     The row is a ValueError, if there is nothing that could be asked.
@@ -64,11 +62,8 @@ def as_arguments(row: dict) -> list[str]:
     """What sample.py is to be given, behind the run, to ask what a row asks."""
     turns = row.get("history", [])
     texts = [row["instruction"], row.get("input", ""), "".join(turn["content"] for turn in turns)]
-    if (
-        [turn["role"] for turn in turns] not in ([], ["system"])
-        or not texts[0]
-        or any(x[:1] in ("-", "@") for x in texts)
-    ):
+    is_plain = texts[0] and not any(text.startswith(("-", "@")) for text in texts)  # no option, and no file
+    if not is_plain or [turn["role"] for turn in turns] not in ([], ["system"]):
         columns = ("instruction", "input", "history")
         return ["--json", json.dumps({name: row[name] for name in columns if name in row}, ensure_ascii=False)]
     instruction, *others = texts
