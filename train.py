@@ -35,7 +35,7 @@ from plumbing.files import copy_tokenizer
 from plumbing.head_loss import head_loss
 from plumbing.hub import find_model
 from plumbing.pretrained import fingerprint, save_pretrained
-from sample import answer, open_model
+from sample import answers, open_model
 
 # Options that a checkpoint records, beside what new_tuner adds: with others a run cannot be resumed.
 RUN_KEYS = ("method", "act", "distill", "init", "scratch", "data", "template", "seed", "steps", "lr", "batch_size",
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> dict:
     scores = {alone: session.scores()}
     if args.act == "hidden":
         scores["frozen, blind"] = session.scores(BLIND)
-    answers = {alone: answer(model, tokenizer, shown, truncate=args.truncate, template=template)}
+    written = {alone: answers(model, tokenizer, shown, truncate=args.truncate, template=template)}
 
     tuner.attach(model)
     sizes = {id(p): p.numel() for p in (*model.parameters(), *tuner.parameters())}
@@ -280,9 +280,8 @@ def main(argv: list[str] | None = None) -> dict:
     load_into(tuner, best, folder.best)
     name = f"with {args.method}"
     scores[name] = session.scores(tuner)
-    answers[name] = answer(model, tokenizer, shown, tuner, truncate=args.truncate, template=template)
     print("", *score_table(scores, session.counts(), "accuracy" if session.labels else "exact match"), sep="\n")
-    print("", *before_and_after(shown, answers, template), sep="\n")
+    print("", *before_and_after(shown, written, template), sep="\n")
     size = f"step {best['step']}, {os.path.getsize(folder.best) / 1000:,.0f} kB"
     print(f"saved {folder.best}: what was trained, nothing frozen ({size})")
     if args.scratch:

@@ -155,10 +155,11 @@ def score_table(columns: dict[str, dict[str, Score]], counts: dict[str, int], me
         yield f"{name:{width}}  {rows:6,}" + "".join("".join(cell).rjust(wide) for cell in cells)
 
 
-def before_and_after(rows: list[dict], answers: dict[str, list[str]], layout: Template) -> Iterator[str]:
-    """What was asked, what the models of these names answer, and what was wanted, as lines of text."""
+def before_and_after(rows: list[dict], answers: dict[str, list], layout: Template) -> Iterator[str]:
+    """What was asked, what the models of these names answer, and what was wanted, as lines ("...": it goes on)."""
     for i, row in enumerate(rows):
         yield "    ".join(layout.text(row).strip().splitlines()).removesuffix("Response:").strip()
         for name, text in {**{name: texts[i] for name, texts in answers.items()}, "wanted": row["output"]}.items():
-            yield f"    {name:15s} {' '.join(text.split())[:160]}"
+            text = " ".join(str(text).split())
+            yield f"    {name:15s} {text if len(text) <= 160 else text[:157] + '...'}"
         yield ""

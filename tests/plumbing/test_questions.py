@@ -8,7 +8,9 @@ import pytest
 from conftest import SHIPPED, run_in
 
 import sample
-from data.questions import as_arguments, read_question
+from data import PLAIN
+from data.questions import Answer, as_arguments, read_question
+from data.scores import before_and_after
 
 CPU = ["--device", "cpu"]
 REVERSE = "say the reverse of inside cat push light write ."
@@ -83,6 +85,16 @@ def test_an_answer_that_was_cut_is_marked(capsys):
     for options in (["--max-new", "5"], ["--max-new", "6", "--beams", "2"]):  # five words, and then the end
         sample.main([SHIPPED, REVERSE, *options, *CPU])
         assert capsys.readouterr().out.endswith("...\n") == (options[1] == "5")
+
+
+def test_so_it_is_where_a_run_shows_what_it_brought():
+    rows, answers = (
+        [{"instruction": "a ?", "output": "c" * 161}],
+        {"x": [Answer("b\nb", True)], "y": [Answer("d" * 160)]},
+    )
+    question, cut, whole, wanted, _ = before_and_after(rows, answers, PLAIN)
+    assert question == "Instruction: a ?" and cut.endswith(" b b...") and whole.endswith(" " + "d" * 160)
+    assert wanted.endswith(" " + "c" * 157 + "...")
 
 
 def test_rows_in_json_are_answered_by_rows_in_json_that_keep_their_columns(capsys, monkeypatch):
