@@ -11,6 +11,7 @@ import torch
 
 from data import right_pad
 from model import Cache, Context, Decoder, Soft, Tuner
+from plumbing.caches import select_rows
 from plumbing.pretrained import fingerprint, read_safetensors, write_safetensors
 
 
@@ -29,11 +30,13 @@ def read_instructions(model: Decoder, instructions: list[list[int]], tuner: Tune
 
 def recall(model: Decoder, instructions: list[list[int] | Cache], tuner: Tuner) -> Cache:
     """A row for each instruction, given as ids or by `load_instruction`; equal ids are read once."""
-    caches = {}
-    for ids in instructions:
-        if not isinstance(ids, Cache) and tuple(ids) not in caches:
-            caches[tuple(ids)] = read_instructions(model, [ids], tuner)
-    return join_rows([ids if isinstance(ids, Cache) else caches[tuple(ids)] for ids in instructions])
+    loaded = {id(x): x for x in instructions if isinstance(x, Cache)}
+    keys = [id(x) if isinstance(x, Cache) else tuple(x) for x in instructions]
+    texts = list(dict.fromkeys(key for key in keys if key not in loaded))
+    read = [read_instructions(model, texts, tuner)] if texts else []
+    cache, order = join_rows([*loaded.values(), *read]), [*loaded, *texts]
+    select_rows(cache, torch.tensor([order.index(key) for key in keys], device=cache.pos.device))
+    return cache
 
 
 def save_instruction(path: str, cache: Cache, model: Decoder, tuner: Tuner):

@@ -24,8 +24,8 @@ from argparse import Namespace
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+import sample
 import train
 from data import load_splits
 from data.files import fill_missing_splits, read_rows, write_rows
@@ -36,7 +36,7 @@ from experiments.report import Scores, markdown
 from model import Block, Config, Soft, Tuner, rotary, rotate
 from plumbing.cli import Parser, add_device_options, at_least, pick_device, run
 from plumbing.files import replacing, write_json
-from sample import answer, generate, open_model, open_runs
+from sample import answer, open_model, open_runs
 
 
 def choose(rows: list[dict], longest: int) -> list[dict]:
@@ -183,10 +183,7 @@ def texts(args: Namespace):
     for label, tuner in rivals.items():
         if tuner is not None:
             tuner.attach(model)
-        written[label] = []
-        for i in range(0, len(rows), args.batch):
-            part = rows[i : i + args.batch]
-            written[label] += answer(model, tokenizer, part, tuner, args.new, template=template)
+        written[label] = answer(model, tokenizer, rows, tuner, args.new, template=template, batch_size=args.batch)
         if tuner is not None:
             tuner.detach()
         pairs = list(zip(written[label], written["frozen"], strict=True))
@@ -219,12 +216,9 @@ def answers(args: Namespace):
     splits = read_prompts(args.data)
     os.makedirs(args.out, exist_ok=True)
     for name, rows in splits.items():
-        rows = sorted(rows, key=lambda row: sum(map(len, (row.get("instruction", ""), row.get("input", "")))))
-        for i in tqdm(range(0, len(rows), args.batch), name, dynamic_ncols=True):
-            part = rows[i : i + args.batch]
-            prompts = [template.prompt_ids(row, tokenizer) for row in part]
-            for row, ids in zip(part, generate(model, prompts, None, args.new, template.end_id(tokenizer))):
-                row |= {"output": template.answer_text(ids, tokenizer), "end": len(ids) < args.new}
+        found = sample.answers(model, tokenizer, rows, None, args.new, template=template, batch_size=args.batch)
+        for row, one in zip(rows, found):
+            row |= {"output": one.text, "end": not one.cut}
         kept = [row for row in rows if row["output"].strip()]
         write_rows(os.path.join(args.out, f"{name}.jsonl"), kept)
         print(f"{name}: {len(kept):,} rows, {len(rows) - len(kept):,} left out that the model has no answer to")
