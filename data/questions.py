@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from data import shorten
-from data.files import CHATS, as_row, fold_names, from_known_format, read_turns, take
+from data.files import CHATS, TEXTS, as_row, column_names, fold_names, from_known_format, read_turns, take
 from data.formats import parse_json
 from data.template import Template
 from data.tokenizer import Tokenizer
@@ -35,8 +35,7 @@ def read_question(text: str, about: str, system: str, is_json: bool) -> tuple[di
 
     The row is a ValueError, if there is nothing that could be asked.
     """
-    record = {"instruction": text, "input": about, "system": system}
-    record = {name: value for name, value in record.items() if value}
+    record = {"instruction": text, **{k: v for k, v in (("input", about), ("system", system)) if v}}
     try:
         if is_json and text.startswith("{"):
             content = parse_json(text)
@@ -52,6 +51,8 @@ def read_question(text: str, about: str, system: str, is_json: bool) -> tuple[di
 def as_question(record: dict) -> dict:
     """The row of a record that needs no output: what stands there, and a last answer, is left out."""
     columns = fold_names(record)
+    if not {*TEXTS["instruction"], *CHATS} & set(columns):
+        raise ValueError(f"it has {column_names(record)[:80]}, and no instruction or messages")
     if chat := read_turns(take(columns, CHATS), "messages", {}):
         chat = chat[:-1] if chat[-1].role == "assistant" else chat
         columns["messages"] = [*(turn._asdict() for turn in chat), {"role": "assistant", "content": "?"}]
@@ -119,7 +120,8 @@ def print_answers(
     """
     for i, (record, row, answer) in enumerate(zip(records, rows, answers, strict=True), 1):
         if answer.error:
-            which = f"question {i} of {len(answers)}, {next(iter(record.values()))!r:.40}: " if len(answers) > 1 else ""
+            name = repr(next(iter(record.values()), ""))[:40]
+            which = f"question {i} of {len(answers)}, {name}: " if len(answers) > 1 else ""
             print(f"error: {which}{answer.error}", file=sys.stderr)
         elif explain:
             print(*explain(row), sep="\n")
