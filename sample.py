@@ -109,11 +109,10 @@ def generate(
     past       what the prompts go on from, such as hidden instructions (plumbing/caches.py)
     sampling   temperature, top_k, top_p of `sample_token`
     """
-    longest = max(map(len, prompts), default=0)
-    if not longest or not all(prompts):
+    if not prompts or not all(prompts):
         raise ValueError("an empty prompt: there is nothing to continue")
-    longest += (tuner or NO_TUNER).first if past is None else int(past.pos.max())
-    check_room(longest, max_new, model.config.block_size)
+    before = (tuner or NO_TUNER).first if past is None else int(past.pos.max())
+    check_room(before + max(map(len, prompts)), max_new, model.config.block_size)
     if beams < 1 or beams > 1 and sampling.get("temperature"):
         raise ValueError(f"a beam search draws nothing: give {beams} beams or a temperature, not both")
     training = tuner is not None and tuner.training

@@ -280,6 +280,7 @@ def main(argv: list[str] | None = None) -> dict:
     load_into(tuner, best, folder.best)
     name = f"with {args.method}"
     scores[name] = session.scores(tuner)
+    written[name] = answers(model, tokenizer, shown, tuner, truncate=args.truncate, template=template)
     print("", *score_table(scores, session.counts(), "accuracy" if session.labels else "exact match"), sep="\n")
     print("", *before_and_after(shown, written, template), sep="\n")
     size = f"step {best['step']}, {os.path.getsize(folder.best) / 1000:,.0f} kB"
