@@ -419,6 +419,7 @@ def odd_run(tmp_path_factory):
 def test_the_command_that_a_run_ends_with_can_be_pasted_into_a_shell(odd_run):
     _, out, text = odd_run
     (command,) = re.findall(r"^try it: (.*)$", text, re.MULTILINE)
+    assert len(re.findall(r"^    (?:frozen alone|with iapt|wanted)  ", text, re.MULTILINE)) == 6  # of two rows
     shell = f"python() {{ printf '%s\\0' \"$@\"; }}\n{command}"  # what python would be given
     script, *args = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True).stdout.split("\0")
     assert script == "sample.py" and args[0] == out
