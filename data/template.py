@@ -100,7 +100,8 @@ class TextTemplate(Template):
 
     def response_ids(self, row: dict, tokenizer: Tokenizer) -> list[int]:
         output = row["output"].rstrip()
-        return tokenizer.encode(self._gap(row, output) + output) + [self.end_id(tokenizer)] * row.get("end", True)
+        ids = encode_after(":", self._gap(row, output) + output, tokenizer)
+        return ids + [self.end_id(tokenizer)] * row.get("end", True)
 
     def _gap(self, row: dict, output: str = "") -> str:
         """What stands between the prompt's text and an output."""
@@ -205,6 +206,12 @@ TEMPLATES = ("plain", "chat", "text")
 def make_template(name: str, tokenizer: Tokenizer) -> Template:
     """The template that --template names, one of TEMPLATES."""
     return ChatTemplate(tokenizer) if name == "chat" else TextTemplate() if name == "text" else PLAIN
+
+
+def encode_after(context: str, text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a text that continues another one: at a text's beginning, SentencePiece would put a space before it."""
+    before, ids = tokenizer.encode(context), tokenizer.encode(context + text)
+    return ids[len(before) :] if ids[: len(before)] == before else tokenizer.encode(text)
 
 
 def decode_after(context: str, ids: list[int], tokenizer: Tokenizer) -> str:

@@ -178,6 +178,18 @@ def test_plain_text_is_learned_as_it_is_and_a_prompt_s_last_spaces_with_the_word
     assert bytes(example.prompt).decode().endswith("x" + read)  # what the output follows is kept
 
 
+@pytest.mark.parametrize("prompt, output", [("f:\n", "b"), ("a ?", "b c"), ("a: ", "b"), ("f:\n  ", "b"), ("", "b")])
+def test_so_it_is_where_a_vocabulary_puts_a_space_before_each_text(prompt, output):
+    pytest.importorskip("tokenizers", reason="pip install tokenizers")
+    tokenizer = Tokenizer.load(shared("checkpoints", "tinystories-656k-llama"))
+    layout, row = make_template("text", tokenizer), {"instruction": prompt, "output": output}
+    ids = layout.response_ids(row, tokenizer)[:-1]
+    assert layout.answer_text(ids, tokenizer, row) == output
+    if prompt and not prompt.endswith("\n"):
+        joint = tokenizer.decode(layout.prompt_ids(row, tokenizer)[1:] + ids)
+        assert joint == prompt + " " * (prompt == "a ?") + output
+
+
 @pytest.mark.parametrize("name", ["plain", "chat"])
 def test_a_row_that_asks_nothing_is_refused_unless_text_is_asked_for(folder, name):
     tokenizer = tokenizer_with(folder, LLAMA3)
