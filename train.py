@@ -137,7 +137,7 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
             # 1. This step's learning rates, and its own random numbers, for methods that draw: the same after --resume.
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * schedule(step, args.steps)
-            torch.manual_seed(args.seed * 1_000_003 + step + (distributed.RANK << 50))
+            distributed.seed_step(args.seed, step)
             tuner.train()
             tuner.progress(step / args.steps)
 

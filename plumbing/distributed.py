@@ -65,6 +65,12 @@ def shard(model: Decoder, device: str):
     model.to(device)
 
 
+def seed_step(seed: int, step: int):
+    """The random numbers of a step, other ones in each process."""
+    # In the low 32 bits: a CPU's generator takes no more of a seed.
+    torch.manual_seed((seed * 1_000_003 + step + RANK * 2_654_435_761) % 2**32)
+
+
 def local_rows(batch: NamedTuple) -> NamedTuple:
     """This process's rows of a batch, a named tuple of tensors (B, ...): every WORLD_SIZE-th row, starting at RANK."""
     return batch._make(x[RANK::WORLD_SIZE] for x in batch)

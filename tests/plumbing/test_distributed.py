@@ -32,6 +32,16 @@ def test_every_row_of_a_batch_goes_to_one_process(monkeypatch):
     assert sorted(torch.cat([part.idx for part in parts]).flatten().tolist()) == list(range(7))
 
 
+def test_processes_draw_other_numbers_and_a_step_draws_the_same_each_time(monkeypatch):
+    """A CPU's generator takes the low 32 bits of a seed: a process's number in higher ones had no effect."""
+    draws = []
+    for rank, step in ((0, 5), (1, 5), (2, 5), (0, 6), (1, 5)):
+        monkeypatch.setattr(distributed, "RANK", rank)
+        distributed.seed_step(3, step)
+        draws.append(torch.rand(1).item())
+    assert len(set(draws[:4])) == 4 and draws[4] == draws[1]
+
+
 def test_one_process_needs_no_others():
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.grad = torch.ones(2)
