@@ -23,6 +23,7 @@ import itertools
 import os
 import re
 import secrets
+import shlex
 from dataclasses import dataclass, field
 
 import tiktoken
@@ -157,7 +158,10 @@ class Tokenizer:
         """
         ranks = read_ranks(path)
         if ranks is None:
-            raise ValueError(f"{path} is a SentencePiece model: it needs tokenizer.json beside it, as on the hub")
+            at = f"({str(files.folder)!r})"
+            make = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained{at}.save_pretrained{at}"
+            needs = f"{path} is a SentencePiece model: it needs tokenizer.json beside it, which transformers makes"
+            raise ValueError(f"{needs} (pip install transformers sentencepiece): python -c {shlex.quote(make)}")
         special = {}
         reserved = (f"<|reserved_special_token_{i}|>" for i in itertools.count())
         for i in range(256):

@@ -11,6 +11,7 @@ import os
 import re
 import urllib.parse
 import urllib.request
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -101,13 +102,23 @@ def download_model(repo: str) -> str:
         api = PlainApi()
     info = api.model_info(repo, revision="main", files_metadata=True)
     folder = repo_path(repo, "snapshots", info.sha)
-    where = {"revision": info.sha, "cache_dir": cache_folder()}
-    api.snapshot_download(repo, allow_patterns=SMALL, **where)
+    files = [file.rfilename for file in info.siblings]
+    fetch = partial(api.hf_hub_download, repo, revision=info.sha, cache_dir=cache_folder())
+    for name in filter(files.__contains__, SMALL):
+        fetch(name)
     read_config(os.path.join(folder, "config.json"))  # refuse what we cannot run before gigabytes of it arrive
-    names = weight_names(folder, [file.rfilename for file in info.siblings])
-    api.snapshot_download(repo, allow_patterns=names, **where)
-    if missing := [name for name in names if not os.path.exists(os.path.join(folder, name))]:
-        raise FileNotFoundError(f"{missing[0]} did not come")  # the package does not say so
+    if not {"tokenizer.json", "vocab.json", "words.json"} & set(files):
+        from data.tokenizer import Tokenizer  # only here: it imports this module
+
+        try:
+            Tokenizer.load(folder)  # a tokenizer.model may be one that we cannot read
+        except (OSError, ImportError) as e:
+            raise ValueError(str(e)) from None
+    names = weight_names(folder, files)
+    if missing := [name for name in names if name not in files]:
+        raise FileNotFoundError(f"{missing[0]} did not come: {repo} does not have it")
+    for name in names:
+        fetch(name)
     os.makedirs(repo_path(repo, "refs"), exist_ok=True)
     with replacing(repo_path(repo, "refs", "main")) as f:
         f.write(info.sha)
@@ -143,13 +154,12 @@ class PlainApi:
             self.info = json.load(f, object_hook=lambda fields: SimpleNamespace(**fields))
         return self.info
 
-    def snapshot_download(self, repo: str, revision: str, allow_patterns: list[str], **_):
-        if any(name.endswith(".bin") for name in allow_patterns):
+    def hf_hub_download(self, repo: str, name: str, revision: str, **_):
+        if name.endswith(".bin"):
             raise ValueError(f"{repo} has no safetensors: for its pytorch_model.bin, pip install huggingface_hub")
-        for file in self.info.siblings:
-            if file.rfilename in allow_patterns:
-                url = f"{ENDPOINT}/{repo}/resolve/{revision}/{urllib.parse.quote(file.rfilename)}"
-                download_file(url, repo_path(repo, "snapshots", revision, file.rfilename), file.size)
+        sizes = {file.rfilename: getattr(file, "size", None) for file in self.info.siblings}  # a mirror may not say it
+        url = f"{ENDPOINT}/{repo}/resolve/{revision}/{urllib.parse.quote(name)}"
+        download_file(url, repo_path(repo, "snapshots", revision, name), sizes.get(name))
 
 
 def download_file(url: str, path: str, size: int | None = None, sha256: str = ""):
