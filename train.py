@@ -30,7 +30,7 @@ from model import Decoder, Tuner
 from plumbing import distributed
 from plumbing.checkpoint import RunFolder, load_checkpoint, load_into, save_tuner, warm_start
 from plumbing.cli import Parser, SignalGuard, UsageError, add_device_options, at_least, pick_device, run
-from plumbing.compiling import compile_parts
+from plumbing.compiling import check_compiler, compile_parts
 from plumbing.files import copy_tokenizer
 from plumbing.head_loss import head_loss
 from plumbing.hub import find_model
@@ -114,8 +114,7 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
         load_into(tuner, saved, folder.last)
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
-    distributed.barrier()  # all have read what the first process is going to write
-    folder.truncate_log(state["step"])
+    first = state["step"]
     model.checkpointing = args.checkpoint
     if args.compile:
         compile_parts(model, tuner)
@@ -146,6 +145,9 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
             loss, n = add_gradients(model, tuner, batches.batch(step), args.grad_accum, reads, teacher)
             loss, n, stop = distributed.all_reduce_grads(tuner.parameters(), loss, n, guard.stop_requested)
             folder.assert_finite(loss, step, args.lr)
+            if step == first:  # with --force, what was there goes only now that the run is known to work
+                folder.lock(args.force)
+                folder.truncate_log(first)
 
             # 3. The update.
             torch.nn.utils.clip_grad_norm_(tuner.parameters(), 1.0)
@@ -252,6 +254,8 @@ def main(argv: list[str] | None = None) -> dict:
     folder.refuse_unless(args.resume, args.force)
     device, dtype, reason = pick_device(args.device, args.dtype)
     device = distributed.init(device)
+    if args.compile:
+        check_compiler(device)
     session = open_session(args, device, dtype)
     model, tokenizer, template, rows = session.model, session.tokenizer, session.template, session.rows
     tuner, meta = new_tuner(args, session)
@@ -274,7 +278,6 @@ def main(argv: list[str] | None = None) -> dict:
     how = "all of it trains, in float32" if args.method == "full" else f"frozen in {str(dtype)[6:]} ({reason})"
     print(f"{args.init} on {model.wte.weight.device}, {how}")
     print(f"{args.data}: {', '.join(f'{name} {len(split):,}' for name, split in rows.items())} rows{template.remark}")
-    folder.lock(args.force)  # with --force, what was there goes only now that nothing can be refused any more
     best = train(model, tuner, session.examples, args, meta)
 
     load_into(tuner, best, folder.best)

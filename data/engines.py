@@ -26,6 +26,7 @@ LLAMA3 = (
     r"|\s+(?!\S)|\s+"
 )
 
+LONGEST_SPACE = 500_000  # characters in a row.  At a million tiktoken panics, with a pattern that looks ahead
 SECRET = str(10**19 + secrets.randbelow(10**19))  # digits only: a chat template may change the case of letters
 
 
@@ -53,6 +54,7 @@ class TiktokenEngine:
         if not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError("it lacks some of the 256 bytes")
         self.encoding = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.looks_ahead = "(?!" in pattern
         self.ids = ids
         self.added = added
         self.added_names = any_of(added)
@@ -61,6 +63,10 @@ class TiktokenEngine:
         self.size = max(self.spelling) + 1
 
     def encode(self, text: str) -> list[int]:
+        if self.looks_ahead and len(text) > LONGEST_SPACE:
+            longest = max(map(len, re.findall(r"\s+", text)), default=0)
+            if longest > LONGEST_SPACE:
+                raise ValueError(f"the text has {longest:,} characters of white space in a row: shorten it")
         ids = []
         for i, part in enumerate(self.added_names.split(text)):  # every second one is a name
             ids += [self.added[part]] if i % 2 else self._merge(part)

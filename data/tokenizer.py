@@ -23,13 +23,12 @@ import itertools
 import os
 import re
 import secrets
-import shlex
 from dataclasses import dataclass, field
 
 import tiktoken
 
 import data.engines as engines
-from plumbing.files import read_json, read_text, refuse_lfs_pointer
+from plumbing.files import read_json, read_text, refuse_lfs_pointer, refuse_sentencepiece
 
 END = "<|endoftext|>"
 PROTECTED = str(10**19 + secrets.randbelow(10**19))  # before the id of a special token whose name is text
@@ -158,10 +157,8 @@ class Tokenizer:
         """
         ranks = read_ranks(path)
         if ranks is None:
-            at = f"({str(files.folder)!r})"
-            make = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained{at}.save_pretrained{at}"
-            needs = f"{path} is a SentencePiece model: it needs tokenizer.json beside it, which transformers makes"
-            raise ValueError(f"{needs} (pip install transformers sentencepiece): python -c {shlex.quote(make)}")
+            refuse_sentencepiece(path)
+            raise ValueError(f"{path} is broken: it has no lines of base64 and rank")
         special = {}
         reserved = (f"<|reserved_special_token_{i}|>" for i in itertools.count())
         for i in range(256):

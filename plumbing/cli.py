@@ -7,6 +7,7 @@ the command has to change, and 1 if something else has to (a file, the disk, the
 import argparse
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -54,11 +55,15 @@ def at_least(least: int | float, most: float = 2**40) -> Callable[[str], int | f
 
 
 class SignalGuard:
-    """Notes Ctrl-C and SIGTERM, for a loop to act on between two steps.  The second one acts at once."""
+    """Notes Ctrl-C and SIGTERM, for a loop to act on between two steps.  The second one acts at once.
+
+    In a thread it does nothing: signals go to the main one.
+    """
 
     def __enter__(self):
         self.stop_requested = False
-        self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.handlers = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def _note(self, number, frame):
@@ -80,6 +85,11 @@ def run(main: Callable[[], object]):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as e:
         out_of_memory = isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
         if debug or (isinstance(e, RuntimeError) and not out_of_memory):
@@ -118,12 +128,12 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> Device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"--device {device}: there is no such device. Try cpu, cuda, cuda:1, ...") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: this PyTorch sees no CUDA device. Leave the option out to use the CPU")
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception:  # of many kinds
+        raise UsageError(f"--device {device}: there is no such device here. Try cpu, cuda, cuda:1, ...") from None
     if dtype != "auto":
         return Device(device, DTYPES[dtype], "as asked")
     if device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0):

@@ -6,6 +6,16 @@ import torch
 from torch import Tensor
 
 from model import Cache, Decoder, Tuner
+from plumbing.cli import UsageError
+
+
+def check_compiler(device: str | torch.device):
+    """Raise UsageError if torch.compile cannot work here, as without a C++ compiler."""
+    try:
+        torch.compile(lambda x: 2 * x + 1)(torch.zeros(8, device=device))
+    except Exception as e:
+        reason = str(e).partition("\n")[0][:200]
+        raise UsageError(f"--compile finds no compiler ({reason}): install g++ or clang++, or leave it out") from None
 
 
 def compile_parts(model: Decoder, tuner: Tuner, **settings):
@@ -32,6 +42,7 @@ def compiled_step(model: Decoder) -> Callable[[Tensor, Cache], Tensor]:
     """
     import torch._inductor.config as inductor
 
+    check_compiler(model.wte.weight.device)
     quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
     options = {name: value for name, value in quiet.items() if hasattr(inductor, name)}  # older PyTorch lacks one
     options |= {"max_autotune": True, "triton.cudagraphs": model.wte.weight.is_cuda}

@@ -28,6 +28,9 @@ def problem(args: Namespace) -> str:
     """What the options of train.py ask of several processes that cannot be done; or ""."""
     if args.batch_size % WORLD_SIZE:
         return f"--batch-size {args.batch_size} is not a multiple of the {WORLD_SIZE} processes"
+    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if WORLD_SIZE > 1 and 0 < gpus < here and args.device.startswith(("auto", "cuda")):
+        return f"torchrun starts {here} processes here, and there are {gpus} GPUs: lower --nproc_per_node"
     if args.shard and (WORLD_SIZE == 1 or args.method == "full"):
         return "--shard is for torchrun with several processes, and for methods that leave the model frozen"
     if args.shard and args.checkpoint and args.compile:

@@ -69,6 +69,16 @@ def refuse_adapter(folder: str):
         raise ValueError(f"{folder} has adapter_config.json, an adapter that we do not apply: {command} makes it a run")
 
 
+def refuse_sentencepiece(path: str):
+    """Raise ValueError, with what to type, for a SentencePiece model.  Llama 3's tokenizer.model is lines of text."""
+    with open(path, "rb") as f:
+        if f.read(1) == b"\n":  # a first field of a protocol buffer
+            at = f"({os.path.dirname(path)!r})"
+            make = f"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained{at}.save_pretrained{at}"
+            needs = f"{path} is a SentencePiece model: it needs tokenizer.json beside it, which transformers makes"
+            raise ValueError(f"{needs} (pip install transformers sentencepiece): python -c {shlex.quote(make)}")
+
+
 def no_duplicate_keys(pairs: list[tuple]) -> dict:
     """A JSON object as a dict, for json's object_pairs_hook.  Raises ValueError if a key occurs twice."""
     content = dict(pairs)

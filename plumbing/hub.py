@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from plumbing.files import replacing
+from plumbing.files import refuse_sentencepiece, replacing
 from plumbing.pretrained import read_config, read_index
 
 TINY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data", "tiny")  # the shipped model
@@ -106,14 +106,12 @@ def download_model(repo: str) -> str:
     fetch = partial(api.hf_hub_download, repo, revision=info.sha, cache_dir=cache_folder())
     for name in filter(files.__contains__, SMALL):
         fetch(name)
-    read_config(os.path.join(folder, "config.json"))  # refuse what we cannot run before gigabytes of it arrive
-    if not {"tokenizer.json", "vocab.json", "words.json"} & set(files):
-        from data.tokenizer import Tokenizer  # only here: it imports this module
-
-        try:
-            Tokenizer.load(folder)  # a tokenizer.model may be one that we cannot read
-        except (OSError, ImportError) as e:
-            raise ValueError(str(e)) from None
+    config = read_config(os.path.join(folder, "config.json"))  # refuse what we cannot run before gigabytes of it arrive
+    vocabularies = [name for name in VOCABULARIES if os.path.exists(os.path.join(folder, name))]
+    if not vocabularies and config.arch != "gpt2":  # whose own is known
+        raise ValueError(f"{repo} has no tokenizer that we can read: none of {', '.join(VOCABULARIES)}")
+    if vocabularies[:1] == ["tokenizer.model"]:
+        refuse_sentencepiece(os.path.join(folder, "tokenizer.model"))
     names = weight_names(folder, files)
     if missing := [name for name in names if name not in files]:
         raise FileNotFoundError(f"{missing[0]} did not come: {repo} does not have it")

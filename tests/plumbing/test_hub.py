@@ -243,7 +243,7 @@ def test_shards_are_all_fetched_and_one_that_is_missing_is_named(either, whole):
         ("model_type", "model_type is 'bert'"),
         ("weights", "it has neither model"),
         ("tokenizer", "tokenizer.model is a SentencePiece model: .*AutoTokenizer.from_pretrained.*save_pretrained"),
-        ("no tokenizer", "no tokenizer in .*: it needs tokenizer.json"),
+        ("no tokenizer", "owner/name has no tokenizer that we can read: none of tokenizer.json"),
     ],
 )
 def test_a_model_that_we_cannot_run_is_refused_before_its_weights_come(either, trouble, says):

@@ -476,6 +476,15 @@ def test_a_sentencepiece_model_alone_is_not_read(tmp_path):
         Tokenizer.load(tmp_path)
 
 
+def test_white_space_at_which_tiktoken_would_panic_is_refused_in_one_line():
+    """Its panic prints a trace and is no Exception."""
+    engine = TiktokenEngine(GPT2, {bytes([b]): b for b in range(256)}, {})
+    for char in " \n\u3000":
+        with pytest.raises(ValueError, match="the text has 1,000,000 characters of white space in a row: shorten it"):
+            engine.encode("a" + char * 1_000_000 + "b")
+    assert len(engine.encode("a" + " " * 400_000 + "b")) == 400_002
+
+
 # -- Chat --------------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +83,7 @@ def test_what_compile_compiles_is_what_trains(rows, tmp_path, monkeypatch):
     """In every method's tests, compiled equals eager."""
     compiled, trained, real = [], [], train.add_gradients
     monkeypatch.setattr(train, "compile_parts", lambda *parts: compiled.append(parts))
+    monkeypatch.setattr(train, "check_compiler", lambda device: None)  # it would import what takes seconds
     monkeypatch.setattr(train, "add_gradients", lambda *args: trained.append(args[:2]) or real(*args))
     train.main([*SMALL, "--steps", "1", "--data", rows, "--out", str(tmp_path / "x"), "--compile"])
     assert compiled == trained
@@ -374,6 +376,49 @@ def test_force_leaves_nothing_of_the_run_before(rows, short, tmp_path, monkeypat
     monkeypatch.setattr(train, "schedule", lambda step, steps: float("nan"))
     with pytest.raises(ValueError, match="nothing had been saved yet"):
         train.main([*SMALL, "--data", rows, "--out", out, "--force"])
+
+
+def no_memory(*args):
+    raise torch.OutOfMemoryError("out of memory")
+
+
+def no_compiler(*args):
+    raise RuntimeError("no g++\nmore lines")
+
+
+@pytest.mark.parametrize(
+    "options, what, broken, says",
+    [
+        (["--device", "mps"], "open_session", None, "--device mps: there is no such device here. Try"),
+        (["--compile"], "open_session", None, "--compile finds no compiler (no g++): install g++ or clang++, or"),
+        ([], "open_session", lambda *args: signal.raise_signal(signal.SIGINT), "stopped\n"),
+        ([], "add_gradients", no_memory, "error: out of memory. Try a smaller --batch-size"),
+    ],
+)
+def test_what_keeps_a_run_from_starting_is_one_line_and_force_removes_nothing(
+    options, what, broken, says, rows, short, tmp_path, monkeypatch
+):
+    if "mps" in options and torch.backends.mps.is_available():
+        pytest.skip("this machine has what the test wants to be missing")
+    out = str(tmp_path / "x")
+    shutil.copytree(short, out)
+    monkeypatch.setattr(torch, "compile", lambda f: no_compiler)
+    monkeypatch.setattr(train, what, broken or (lambda *args: pytest.fail("the model was opened first")))
+    status, text = run_in(train, *SMALL, "--data", rows, "--out", out, "--force", *options)
+    assert status in (1, 2, 130) and says in text and "Traceback" not in text
+    assert same_run(out, short) and os.path.exists(os.path.join(out, "best.pt"))
+
+
+def test_a_run_in_a_thread_is_the_run_of_the_main_one(rows, short, tmp_path):
+    """Only the main thread may handle signals."""
+    out = str(tmp_path / "x")
+    shutil.copytree(short, out)
+    argv = [*SMALL, "--data", rows, "--out", out, "--force"]
+    thread = threading.Thread(target=train.main, args=(argv,))
+    os.remove(os.path.join(out, "best.pt"))
+    thread.start()
+    thread.join()
+    assert same_run(out, short) and os.path.exists(os.path.join(out, "best.pt"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try(rows, tmp_path, monkeypatch):
