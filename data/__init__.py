@@ -22,6 +22,7 @@ from data.files import label_words, load_splits, warn
 from data.template import PLAIN, Template, make_template, template
 from data.tokenizer import Tokenizer
 from plumbing import distributed
+from plumbing.files import CannotWrite
 from plumbing.hub import TINY
 
 __all__ = ["Tokenizer", "label_words", "load_splits", "make_template", "template"]  # for train.py and sample.py
@@ -65,7 +66,11 @@ def open_data(data: str, skip_bad: bool = False) -> dict[str, list[dict]]:
         if distributed.RANK == 0:
             from data import world  # only here: it is long, and needed once
 
-            world.tiny(TINY)
+            try:
+                world.tiny(TINY)
+            except OSError as e:
+                advice = "make it elsewhere: python -m data.prepare tiny --out FOLDER, then train.py --data FOLDER"
+                raise CannotWrite(TINY, e, advice) from None
         distributed.barrier()
     return load_splits(TINY)
 

@@ -324,11 +324,11 @@ def load_splits(where: str, skip_bad: bool = False) -> dict[str, list[dict]]:
     `where` is a file, or a folder with a file for train and, if there are, val, test and test_*.  E2E's folder may have
     devset.csv alone, which is then train.  What is missing of train, val and test is split off, a tenth each.
     """
-    if not os.path.isfile(where) and not os.path.isdir(where):
+    if not os.path.exists(where):
         takes = f"tiny, a folder with train.jsonl, or a {READABLE_TEXT} file"
         advice = "python -m data.prepare makes a folder of a public data set, or of a file of yours"
         raise FileNotFoundError(f"no data at {where}: --data takes {takes} ({advice})")
-    paths, ignored = {"train": where} if os.path.isfile(where) else find_splits(where), set()
+    paths, ignored = find_splits(where) if os.path.isdir(where) else {"train": where}, set()
     splits = {split: read_rows(path, skip_bad, ignored=ignored) for split, path in paths.items()}
     name_ignored(ignored)
     return fill_missing_splits(splits, where)

@@ -46,6 +46,8 @@ def read_records(path: str, known: set[str] = frozenset(), ignored: set[str] | N
 
     Raises ValueError, with the file's name, for a file that is none of rows.
     """
+    if not os.path.isfile(path):  # its name tells no format; and reading it could wait for ever
+        raise ValueError(f"{path} is a pipe or a device: save what it says in a file, such as my.jsonl, and name that")
     refuse_lfs_pointer(path)
     with open(path, "rb") as f:
         content = f.read()

@@ -33,7 +33,7 @@ from data.files import column_names, fill_missing_splits, from_known_format, rea
 from data.template import TEMPLATES
 from plumbing import hub
 from plumbing.cli import Parser, UsageError, at_least, run
-from plumbing.files import read_json, replacing, write_json
+from plumbing.files import naming, read_json, replacing, write_json
 from plumbing.pretrained import read_config
 
 KEYS = ("instruction", "input", "output", "system", "task")
@@ -196,7 +196,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     args.map = parse_pairs(args.map, "--map", KEYS)
     args.labels = parse_pairs(args.labels, "--labels")
     public = args.dataset in SOURCES
-    if not public and args.dataset != "tiny" and not os.path.isfile(args.dataset):
+    if not public and args.dataset != "tiny" and not os.path.exists(args.dataset):
         parser.error(f"no data set {args.dataset!r} and no such file. There are: tiny, {', '.join(SOURCES)}")
     if args.file and not public or (args.map or args.labels) and (public or args.dataset == "tiny"):
         parser.error("--file is for a public data set, --map and --labels for a file of your own")
@@ -223,7 +223,8 @@ def main(argv: list[str] | None = None):
         world.tiny(args.out)
     else:
         splits = make_splits(args)
-        os.makedirs(args.out, exist_ok=True)
+        with naming(args.out):
+            os.makedirs(args.out, exist_ok=True)
         for split in reversed(splits):  # train last: if it is there, the others are, too
             write_rows(os.path.join(args.out, f"{split}.jsonl"), splits[split])
     if args.out != TINY:

@@ -21,7 +21,7 @@ import torch
 
 from model import Tuner
 from plumbing import distributed
-from plumbing.files import refuse_adapter, refuse_lfs_pointer, replacing
+from plumbing.files import naming, refuse_adapter, refuse_lfs_pointer, replacing
 
 try:
     import fcntl
@@ -55,6 +55,10 @@ def load_checkpoint(path: str) -> dict:
     if not os.path.exists(path) or os.path.splitext(path)[1] != ".pt":
         refuse_adapter(os.path.dirname(path) or ".")
     if not os.path.exists(path):
+        folder = os.path.dirname(path)
+        if os.path.basename(path) == "best.pt" and RunFolder(folder).can_resume():
+            stopped = f"the run in {folder} was stopped before its first validation, and has no best.pt yet"
+            raise FileNotFoundError(f"{stopped}: continue it with its command and --resume, or with --eval-every")
         raise FileNotFoundError(f"no checkpoint at {path}. Run: python train.py")
     refuse_lfs_pointer(path)
     try:
@@ -138,10 +142,11 @@ class RunFolder:
     def refuse_unless(self, resume: bool, force: bool):
         """Raise FileExistsError if there is a run that would be lost, FileNotFoundError if there is none to resume."""
         if resume and not self.can_resume():
-            raise FileNotFoundError(f"--resume: there is no run at {self.path}")
-        if any(map(os.path.exists, self.files)) and not (resume or force):
-            advice = "--resume continues it, --force starts again, --out names another folder"
-            raise FileExistsError(f"{self.path} holds a run: {advice}")
+            raise FileNotFoundError(f"--resume: there is no run at {self.path} that has saved anything: start it anew")
+        saved = [path for path in self.files if os.path.exists(path) and os.path.getsize(path)]  # a log may be empty
+        if saved and not (resume or force):
+            go_on = "--resume continues it, " if self.can_resume() else ""
+            raise FileExistsError(f"{self.path} holds a run: {go_on}--force starts again, --out names another folder")
 
     def lock(self, force: bool = False):
         """Make the folder and lock it until this process ends.  With `force`, remove the run that is in it.
@@ -158,7 +163,8 @@ class RunFolder:
             os.makedirs(self.path, exist_ok=True)
             handle = open(path, "a")  # noqa: SIM115  (stays open until the process ends)
         except (OSError, ValueError) as e:  # ValueError: a null byte
-            raise OSError(f"--out {self.path!r} cannot be written: {e}") from None
+            reason = getattr(e, "strerror", None) or e
+            raise OSError(f"--out {self.path!r} cannot be written ({reason}): name another folder") from None
         if not fcntl or path in LOCKS:
             handle.close()
         else:
@@ -181,7 +187,8 @@ class RunFolder:
             try:
                 os.link(self.last, tmp)
             except OSError:  # a file system without hard links
-                shutil.copy(self.last, tmp)
+                with naming(self.previous):
+                    shutil.copy(self.last, tmp)
             os.replace(tmp, self.previous)
         save_tuner(self.last, tuner, meta, **more)
 
@@ -227,7 +234,7 @@ class RunFolder:
         """Add a row to log.jsonl."""
         if distributed.RANK:
             return
-        with open(self.log, "a", encoding="utf-8") as f:
+        with naming(self.log), open(self.log, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
 
     def assert_finite(self, loss: float, step: int, lr: float):

@@ -1,24 +1,52 @@
 """Files that are written completely or not at all, and JSON whose errors name the file."""
 
 import contextlib
+import errno
 import json
 import os
 import shlex
 import shutil
 import statistics
 
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+ELSEWHERE = "name another place (--out, --save)"
+
+
+class CannotWrite(OSError):
+    """A file or a folder that cannot be written: its path, the system's reason, and what to do."""
+
+    def __init__(self, path: str, error: OSError, advice: str = ELSEWHERE):
+        self.reason = getattr(error, "reason", None) or error.strerror or str(error)
+        space = "free some space, or " if error.errno in FULL else ""
+        super().__init__(f"{path} cannot be written ({self.reason}): {space}{advice}")
+
+
+@contextlib.contextmanager
+def naming(path: str, advice: str = ELSEWHERE):
+    """Raise CannotWrite for the system's errors about `path`, or a file whose name begins so, and for a full disk."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (*FULL, errno.EIO) or str(e.filename or "").startswith(os.fspath(path)):
+            raise CannotWrite(path, e, advice) from None
+        raise
+
 
 @contextlib.contextmanager
 def replacing(path: str, mode: str = "w"):
-    """Open `path` for writing.  After a crash it holds all of the old content or all of the new."""
+    """Open `path` for writing.  After a crash it holds all of the old content or all of the new.
+
+    Raises CannotWrite.
+    """
     tmp = f"{path}.{os.getpid()}.tmp"
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(tmp, mode, **text) as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
+        with naming(path):
+            with open(tmp, mode, **text) as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)

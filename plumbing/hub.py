@@ -5,6 +5,7 @@ public models whose weights are safetensors are downloaded plainly, into the sam
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from plumbing.files import refuse_sentencepiece, replacing
+from plumbing.files import FULL, CannotWrite, refuse_sentencepiece, replacing
 from plumbing.pretrained import read_config, read_index
 
 TINY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data", "tiny")  # the shipped model
@@ -53,6 +54,8 @@ def find_model(name: str) -> str:
             return cached
         if type(e) is ValueError:  # it cannot run here, or needs the package
             raise
+        if getattr(e, "errno", None) in (*FULL, errno.EACCES, errno.EPERM, errno.EROFS) or isinstance(e, CannotWrite):
+            raise CannotWrite(cache_folder(), e, "name another folder with HF_HOME") from None
         raise in_one_line(repo, e) from e
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -268,6 +269,34 @@ def test_what_cannot_be_prepared_is_one_line_and_leaves_nothing(tmp_path, status
     exited, text = run_in(prepare, path, *args, "--out", str(tmp_path / "my"))
     assert exited == status and message in text and text.count("error: ") == 1 and "Traceback" not in text
     assert not (tmp_path / "my").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_pipe_is_called_what_it_is_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    message = "pipe is a pipe or a device: save what it says in a file, such as my.jsonl"
+    with pytest.raises(ValueError, match=message):
+        load_splits(str(tmp_path / "pipe"))
+    status, text = run_in(prepare, str(tmp_path / "pipe"), "--out", str(tmp_path / "out"))
+    assert status == 1 and message in text and os.listdir(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_what_cannot_be_written_is_named_with_what_to_do(tmp_path, monkeypatch, error):
+    """And not as [Errno 13] and a temporary file that is not there."""
+
+    rows = [json.dumps({**LIMA, "instruction": f"q {i}"}) for i in range(30)]
+    my, real = written(tmp_path / "my.jsonl", "\n".join(rows)), open
+
+    def refused(path, mode="r", **settings):
+        if "w" in mode:
+            raise OSError(error, os.strerror(error), path)
+        return real(path, mode, **settings)
+
+    monkeypatch.setattr("builtins.open", refused)
+    status, text = run_in(prepare, my, "--out", str(tmp_path / "out"))
+    path, space = tmp_path / "out" / "test.jsonl", "free some space, or " if error == errno.ENOSPC else ""
+    assert status == 1 and f"error: {path} cannot be written ({os.strerror(error)}): {space}name another place" in text
 
 
 @pytest.mark.parametrize("other", ["train.jsonl", "train.tsv", "test_hard.csv"])

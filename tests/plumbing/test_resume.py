@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import SMALL, same_run, tensors
 
+import sample
 import train
 from baselines import build
 from plumbing.cli import run
@@ -139,12 +140,29 @@ def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_is_intact(rows, 
 
     monkeypatch.setattr(os, "fsync", full)
     argv = [*SMALL, "--save-every", "1", "--data", rows, "--out", out]
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"x/\w+.pt cannot be written \(No space left on device\): free some space"):
         train.main(argv)
     monkeypatch.undo()
     assert sorted(os.listdir(out)) == sorted(["best.pt", "last.pt", "previous.pt", "log.jsonl", "lock"])
     train.main([*argv, "--resume"])
     assert same_run(out, short)
+
+
+def test_a_run_that_was_stopped_before_its_first_validation_says_so_and_one_that_saved_nothing_starts_anew(
+    rows, short, tmp_path, monkeypatch
+):
+    argv, real = [*SMALL, "--data", rows, "--out", str(tmp_path)], train.Batches.batch
+    (tmp_path / "log.jsonl").touch()  # what a run leaves that was killed at once
+    with pytest.raises(FileNotFoundError, match="--resume: there is no run at .* that has saved anything"):
+        train.main([*argv, "--resume"])
+    monkeypatch.setattr(train.Batches, "batch", lambda *args: signal.raise_signal(signal.SIGINT) or real(*args))
+    with pytest.raises(SystemExit, match="stopped after 1 steps, and saved"):
+        train.main(argv)
+    with pytest.raises(FileNotFoundError, match="stopped before its first validation, and has no best.pt yet"):
+        sample.main([str(tmp_path), "x", "--device", "cpu"])
+    monkeypatch.undo()
+    train.main([*argv, "--resume"])
+    assert same_run(tmp_path, short)
 
 
 def test_a_step_computed_in_micro_batches_is_the_step_computed_at_once(rows, short, tmp_path):
