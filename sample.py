@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from baselines import build
 from baselines.tenants import Tenants
-from data import PLAIN, right_pad
+from data import PLAIN, right_pad, text_fingerprint
 from data.instructions import load_instruction, read_instructions, recall, save_instruction
 from data.questions import Answer, make_batches, print_answers, read_question
 from data.template import Template, make_template
@@ -34,7 +34,7 @@ from data.tokenizer import Tokenizer
 from iapt import IAPT, PaperIAPT
 from model import NO_TUNER, Cache, Decoder, Tuner
 from plumbing.caches import beam_search, common_prefix, read_prefix
-from plumbing.checkpoint import load_checkpoint, load_into
+from plumbing.checkpoint import load_checkpoint, load_into, refuse_other_model
 from plumbing.cli import Parser, UsageError, add_device_options, at_least, pick_device, run
 from plumbing.compiling import compiled_step
 from plumbing.decoding import check_room, sample_token
@@ -78,19 +78,17 @@ def open_runs(
             raise
         place = f"{paths[0]} was trained on --init {first['init']}"
         raise FileNotFoundError(f"{place}: {e} (--init names its place now)") from None
-    base, tuners = fingerprint(model), []
+    template, tuners = make_template(first["template"], tokenizer), []
+    known = {"base": fingerprint(model), "tokenizer": text_fingerprint(tokenizer, template)}
     for path, content in checkpoints.items():
         meta = content["meta"]
-        if base != meta["base"] and not force:
-            raise ValueError(
-                f"{path} was trained on {meta['init']} ({meta['base']}); {init or first['init']} is another model"
-                f" ({base}): name the right one with --init, or --force it"
-            )
         if meta["template"] != first["template"]:
             raise ValueError(f"{path} has another template than {paths[0]}: ask them one after the other")
+        if not force:
+            refuse_other_model(path, meta, init or first["init"], known)
         tuners.append(build(meta["method"], model.config, meta["options"], meta["act"]).to(device).eval())
         load_into(tuners[-1], content, path)
-    return Opened(model, tokenizer, make_template(first["template"], tokenizer), tuners)
+    return Opened(model, tokenizer, template, tuners)
 
 
 @torch.no_grad()

@@ -10,21 +10,18 @@ A run writes into --out: best.pt (what was trained, at the lowest validation los
 
 import math
 import os
-import random
 import shlex
 import time
 from argparse import BooleanOptionalAction, Namespace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from baselines import METHODS, build, spell_out
-from data import Batch, Batches, Example, encode, evenly_spaced, open_data, rows_fingerprint, with_input
-from data.files import label_words
+from data import Batch, Batches, Example, encode, evenly_spaced, open_rows, rows_fingerprint, text_fingerprint
 from data.questions import as_arguments
 from data.reads import Reads, Teacher, keep_reads
-from data.scores import BLIND, Session, before_and_after, evaluate, plain_examples, score_table
+from data.scores import BLIND, Score, Session, before_and_after, evaluate, plain_examples, score_table
 from data.template import TEMPLATES, make_template
 from model import Decoder, Tuner
 from plumbing import distributed
@@ -73,7 +70,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--skip-bad", action="store_true", help="leave out rows that cannot be used, and count them")
     add("--train-rows", type=at_least(0), default=0, help="train on N rows, drawn by --seed; 0: all")
     add("--val-rows", type=at_least(0), default=320, help="validate on at most N rows; 0: all")
-    add("--test-rows", type=at_least(0), default=0, help="test on at most N rows of each test set; 0: all")
+    add("--test-rows", type=at_least(0), default=5000, help="test on at most N rows of each test set; 0: all")
     add("--eval-every", type=at_least(1), default=100, help="steps between validations, each of which saves")
     add("--save-every", type=at_least(0), default=0, help="steps between further saves; 0: none")
     add_device_options(parser)
@@ -97,8 +94,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
 # -- The loop ----------------------------------------------------------------------------------------------------------
 
 
-def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args: Namespace, meta: dict) -> dict:
-    """Train `tuner`, which is attached, on examples["train"].  Returns the content of best.pt.
+def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args: Namespace, meta: dict,
+          before: dict | None = None) -> dict:  # fmt: skip
+    """Train `tuner`, which is attached, on examples["train"].  Returns best.pt's content; last.pt keeps `before`.
 
     A step depends only on the seed, its number, and what the steps before it left: a resumed run is the one that was
     never stopped.
@@ -108,7 +106,7 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
     batches = Batches(examples["train"], args.batch_size, args.seed, model.config.block_size, device, multiple)
     optimizer = torch.optim.AdamW(tuner.groups(args.lr), weight_decay=args.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    state = {"step": 0, "lowest": math.inf, "losses": []}  # losses since the last validation
+    state = {"step": 0, "lowest": math.inf, "losses": [], "before": before}  # losses since the last validation
     if args.resume:
         saved = folder.load_for_resume(meta)
         load_into(tuner, saved, folder.last)
@@ -125,8 +123,7 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
         folder.save_last(tuner, meta, optimizer=optimizer.state_dict(), state=state)
 
     tokens, clock, stop = 0, time.perf_counter(), False
-    quiet = distributed.RANK > 0 or None  # None: no bar where standard error is no terminal
-    bar = tqdm(initial=state["step"], total=args.steps, unit="step", dynamic_ncols=True, disable=quiet)
+    bar = distributed.progress(delay=0, initial=state["step"], total=args.steps, unit="step")
     with SignalGuard() as guard, bar:
         for step in range(state["step"], args.steps):
             if stop:
@@ -208,40 +205,35 @@ def batch_loss(
 # -- A run -------------------------------------------------------------------------------------------------------------
 
 
-def open_session(args: Namespace, device: str, dtype: torch.dtype) -> Session:
-    """Open the model and the rows that the command line names."""
+def open_session(args: Namespace, device: str, dtype: torch.dtype, saved: dict | None = None) -> Session:
+    """Open the model and the rows that the command line names.  saved: a run's meta, which they must fit."""
     torch.manual_seed(args.seed)
     model, tokenizer = open_model(args.init, "cpu" if args.shard else device, dtype, args.scratch)
     model.requires_grad_(False)  # the model is frozen: what trains are a tuner's own parameters
     block_size, template = args.block_size or model.config.block_size, make_template(args.template, tokenizer)
     if block_size > model.config.block_size:
         raise UsageError(f"--block-size {block_size}: {args.init} takes at most {model.config.block_size} tokens")
-    rows, limits = open_data(args.data, args.skip_bad), {"train": 0, "val": args.val_rows}
-    if args.act == "hidden" and args.skip_bad:
-        rows = {name: with_input(split, name) for name, split in rows.items()}
-    labels = label_words(rows["train"])
-    rows = {name: evenly_spaced(split, limits.get(name, args.test_rows)) for name, split in rows.items()}
-    if 0 < args.train_rows < len(rows["train"]):
-        rows["train"] = random.Random(args.seed).sample(rows["train"], args.train_rows)
-    how = tokenizer, block_size, args.truncate, template, args.act == "hidden"
-    examples = {name: encode(split, *how) for name, split in rows.items()}
+    rows, labels = open_rows(args)
+    hashes = {"base": fingerprint(model), "dtype": str(model.wte.weight.dtype), "block_size": block_size}
+    hashes |= {"tokenizer": text_fingerprint(tokenizer, template), "rows": rows_fingerprint(rows)}
+    if saved:
+        RunFolder(args.out).refuse_other(saved, hashes)
+    how = tokenizer, block_size, args.truncate, template, args.act == "hidden", args.skip_bad
+    examples = {name: encode(split, *how, name) for name, split in rows.items()}
     tests = [name for name in rows if name.startswith("test")]
     plain = plain_examples(tokenizer) if args.act != "hidden" and block_size >= 192 else []
-    return Session(model, tokenizer, template, rows, examples, tests, labels, block_size, plain)
+    return Session(model, tokenizer, template, rows, examples, tests, labels, block_size, hashes, plain)
 
 
 def new_tuner(args: Namespace, session: Session) -> tuple[Tuner, dict]:
     """A tuner at its start, not attached, and what its checkpoints say of the run.  Sets args.lr if it was left out."""
-    weight = session.model.wte.weight
     torch.manual_seed(args.seed)
-    tuner = build(args.method, session.model.config, args.o, args.act).to(weight.device)
+    tuner = build(args.method, session.model.config, args.o, args.act).to(session.model.wte.weight.device)
     if session.block_size > (most := session.model.config.block_size - tuner.first):
         raise UsageError(f"--block-size {session.block_size}: {args.method}'s soft tokens leave room for {most} tokens")
     tuner.start(session.model)
     args.lr = tuner.lr if args.lr is None else args.lr
-    meta = {name: getattr(args, name) for name in RUN_KEYS}
-    meta |= {"options": args.o, "base": fingerprint(session.model), "dtype": str(weight.dtype)}
-    meta |= {"block_size": session.block_size, "rows": rows_fingerprint(session.rows)}
+    meta = {name: getattr(args, name) for name in RUN_KEYS} | {"options": args.o} | session.hashes
     if args.warm_start and not args.resume:
         warm_start(tuner, args.warm_start, meta, args.out)
     return tuner, meta
@@ -254,9 +246,11 @@ def main(argv: list[str] | None = None) -> dict:
     folder.refuse_unless(args.resume, args.force)
     device, dtype, reason = pick_device(args.device, args.dtype)
     device = distributed.init(device)
+    given = {name: x for name in RUN_KEYS if (x := getattr(args, name)) is not None} | {"options": args.o}
+    saved = folder.load_for_resume(given) if args.resume else {"meta": None, "state": {}}  # refuses before any work
     if args.compile:
         check_compiler(device)
-    session = open_session(args, device, dtype)
+    session = open_session(args, device, dtype, saved["meta"])
     model, tokenizer, template, rows = session.model, session.tokenizer, session.template, session.rows
     tuner, meta = new_tuner(args, session)
     if args.shard:
@@ -264,21 +258,24 @@ def main(argv: list[str] | None = None) -> dict:
         tuner.to(device)
     folder.lock()
 
-    shown = [row for name in session.tests for row in evenly_spaced(rows[name], 2)][:6]
-    alone = "frozen, seeing" if args.act == "hidden" else "frozen alone"
-    scores = {alone: session.scores()}
-    if args.act == "hidden":
-        scores["frozen, blind"] = session.scores(BLIND)
-    written = {alone: answers(model, tokenizer, shown, truncate=args.truncate, template=template)}
-
-    tuner.attach(model)
-    sizes = {id(p): p.numel() for p in (*model.parameters(), *tuner.parameters())}
-    total, trained = sum(sizes.values()), sum(p.numel() for p in tuner.parameters())
+    trained, frozen = (sum(p.numel() for p in part.parameters()) for part in (tuner, model))
+    total = trained + frozen * (args.method != "full")
     print(f"{args.method}: {trained:,} of {total / 1e6:.2f}M parameters train ({trained / total:.2%})")
     how = "all of it trains, in float32" if args.method == "full" else f"frozen in {str(dtype)[6:]} ({reason})"
     print(f"{args.init} on {model.wte.weight.device}, {how}")
     print(f"{args.data}: {', '.join(f'{name} {len(split):,}' for name, split in rows.items())} rows{template.remark}")
-    best = train(model, tuner, session.examples, args, meta)
+
+    shown = [row for name in session.tests for row in evenly_spaced(rows[name], 2)][:6]
+    models = {"frozen, seeing": None, "frozen, blind": BLIND} if args.act == "hidden" else {"frozen alone": None}
+    alone, *_ = models
+    before = saved["state"].get("before") or {  # as a checkpoint can hold it
+        "scores": {name: {test: tuple(x) for test, x in session.scores(t).items()} for name, t in models.items()},
+        "answers": [str(x) for x in answers(model, tokenizer, shown, truncate=args.truncate, template=template)],
+    }
+    scores = {name: {test: Score(*x) for test, x in column.items()} for name, column in before["scores"].items()}
+    written = {alone: before["answers"]}
+    tuner.attach(model)
+    best = train(model, tuner, session.examples, args, meta, before)
 
     load_into(tuner, best, folder.best)
     name = f"with {args.method}"

@@ -12,14 +12,16 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from data.files import label_words, load_splits, warn
-from data.template import PLAIN, Template, make_template, template
+from data.engines import digest
+from data.files import Bad, label_words, load_splits, warn
+from data.template import PLAIN, ChatTemplate, Template, make_template, template
 from data.tokenizer import Tokenizer
 from plumbing import distributed
 from plumbing.files import CannotWrite
@@ -75,9 +77,39 @@ def open_data(data: str, skip_bad: bool = False) -> dict[str, list[dict]]:
     return load_splits(TINY)
 
 
+def open_rows(args: Namespace) -> tuple[dict[str, list[dict]], list[str]]:
+    """The rows that the options of train.py ask for, by split, and the label words, if the outputs are classes."""
+    rows, limits = open_data(args.data, args.skip_bad), {"train": 0, "val": args.val_rows}
+    if args.act == "hidden" and args.skip_bad:
+        rows = {name: with_input(split, name) for name, split in rows.items()}
+    labels, chosen = label_words(rows["train"]), {}
+    for name, split in rows.items():
+        chosen[name] = evenly_spaced(split, limits.get(name, args.test_rows))
+        if len(chosen[name]) < len(split) and name != "val":
+            print(f"{name}: {len(chosen[name]):,} of {len(split):,} rows, evenly spaced (--test-rows 0: all)")
+    if 0 < args.train_rows < len(rows["train"]):
+        chosen["train"] = random.Random(args.seed).sample(rows["train"], args.train_rows)
+    return chosen, labels
+
+
 def rows_fingerprint(rows: dict[str, list[dict]]) -> str:
     """A hash of all splits.  A run stores it, so that it is never resumed with other rows."""
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+    digest, to_json = hashlib.sha256(), json.JSONEncoder(sort_keys=True).encode
+    for i, name in enumerate(sorted(rows)):  # piece by piece: the JSON of all would take much memory
+        digest.update(f"{', ' if i else '{'}{to_json(name)}: [".encode())
+        for j, row in enumerate(rows[name]):
+            digest.update(f"{', ' if j else ''}{to_json(row)}".encode())
+        digest.update(b"]")
+    digest.update(b"}")
+    return digest.hexdigest()[:16]
+
+
+def text_fingerprint(tokenizer: Tokenizer, template: Template) -> str:
+    """A hash of all that makes tokens of a text, but for the date that a chat template may write."""
+    parts = [tokenizer.engine.digest, tokenizer.special, [*tokenizer.prefix], template.end_id(tokenizer)]
+    if isinstance(template, ChatTemplate):
+        parts += [tokenizer.chat_template, template.names]
+    return digest(parts)
 
 
 def with_input(rows: list[dict], name: str) -> list[dict]:
@@ -100,35 +132,52 @@ def evenly_spaced(rows: list, n: int) -> list:
 
 def encode(
     rows: list[dict], tokenizer: Tokenizer, block_size: int, truncate: bool = False, template: Template = PLAIN,
-    hide: bool = False,
+    hide: bool = False, skip_bad: bool = False, name: str = "",
 ) -> list[Example]:  # fmt: skip
-    """Token ids of rows; hide: their instructions are to be hidden.
+    """Token ids of rows; hide: their instructions are to be hidden; name: of their split, for a bar.
 
     A row longer than block_size raises ValueError.  With truncate, the response is cut to what the prompt leaves of the
-    block, or to half of it, and then the prompt is shortened.
+    block, or to half of it, and then the prompt is shortened.  skip_bad removes rows that cannot be used from `rows`.
     """
-    examples = []
-    for i, row in enumerate(rows, 1):
+    ids = list(range(tokenizer.engine.size))  # one object for each id: a tokenizer makes a new one at each place
+    examples = encode_each(rows, tokenizer, block_size, truncate, template, hide, skip_bad, name)
+    return [Example(*([ids[i] for i in part] for part in e[:2]), e.hidden) for e in examples]
+
+
+def encode_each(
+    rows: list[dict], tokenizer: Tokenizer, block_size: int, truncate: bool = False, template: Template = PLAIN,
+    hide: bool = False, skip_bad: bool = False, name: str = "",
+) -> Iterator[Example]:  # fmt: skip
+    """`encode`, one row at a time."""
+    unknown = getattr(tokenizer.engine, "unknown", None)  # of one that has no bytes to fall back on
+    kept, bad, lost = [], Bad(skip_bad), []
+    for i, row in enumerate(distributed.progress(rows, f"encode {name}", unit="row", leave=False), 1):
         try:
             first, rest = template.split_ids(row, tokenizer) if hide else ([], template.prompt_ids(row, tokenizer))
             prompt = first + rest
             response = template.response_ids(row, tokenizer)
+            size, error = len(prompt) + len(response), ""
+            if size > block_size and (not truncate or hide):
+                error = f" has {size} tokens, the model takes {block_size}"
+                error += "" if hide else " (--truncate cuts such rows)"
         except ValueError as e:
-            raise ValueError(f"row {i}: {e}: {row}"[:300]) from None
-        size = len(prompt) + len(response)
+            error = f": {e}"
+        if error:
+            bad.note(f"{', '.join(getattr(row, 'place', [f'row {i}']))}{error}: {row}"[:300])
+            continue
         if size > block_size:
-            if not truncate or hide:
-                cut = "" if hide else " (--truncate cuts such rows)"
-                too_long = f"row {i} has {size} tokens, the model takes {block_size}{cut}"
-                raise ValueError(f"{too_long}: {row}"[:300])
             response = response[: block_size - min(len(prompt), block_size - block_size // 2)]
             prompt = shorten(prompt, block_size - len(response), tokenizer, template)
-        examples.append(Example(prompt, response, len(first)))
-    unknown = getattr(tokenizer.engine, "unknown", None)  # of one that has no bytes to fall back on
-    lost = [row for row, e in zip(rows, examples) if unknown is not None and unknown in e.prompt + e.response]
+        if unknown is not None and (unknown in prompt or unknown in response):
+            lost.append(row)
+        kept.append(row)
+        yield Example(prompt, response, len(first))
+    if rows:
+        bad.report(kept, name or "what was given")
+    if bad.count:
+        rows[:] = kept
     if lost:
         warn(f"{len(lost)} of {len(rows)} rows have characters that the tokenizer lacks. The first: {lost[0]}"[:300])
-    return examples
 
 
 def shorten(prompt: list[int], room: int, tokenizer: Tokenizer, template: Template = PLAIN) -> list[int]:

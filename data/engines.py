@@ -11,6 +11,8 @@
 Engines know special tokens only under secret names, random numbers.  So no text contains one by accident.
 """
 
+import functools
+import hashlib
 import json
 import re
 import secrets
@@ -33,6 +35,11 @@ SECRET = str(10**19 + secrets.randbelow(10**19))  # digits only: a chat template
 def secret_name(i: int) -> str:
     """The name under which the engines know special token i."""
     return f"{SECRET}:{i}."
+
+
+def digest(content: object) -> str:
+    """A hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def any_of(names: Iterable[str]) -> re.Pattern:
@@ -61,6 +68,11 @@ class TiktokenEngine:
         self.spelling = {ids[rank] if ids else rank: token for token, rank in ranks.items()}
         self.spelling.update({i: name.encode("utf-8") for name, i in added.items()})
         self.size = max(self.spelling) + 1
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of what it does."""
+        return digest([self.encoding._pat_str, {token.hex(): i for token, i in self.encoding._mergeable_ranks.items()}])
 
     def encode(self, text: str) -> list[int]:
         if self.looks_ahead and len(text) > LONGEST_SPACE:
@@ -138,6 +150,9 @@ class HubEngine:
 # -- The content of a tokenizer.json -----------------------------------------------------------------------------------
 
 
+FLAGS = ("normalized", "single_word", "special", "id", "lstrip", "rstrip")  # a special token has only the last four
+
+
 def make_engine(content: dict, added: dict[str, dict]) -> TiktokenEngine | HubEngine:
     """The engine of a tokenizer.json's content and all added tokens {name: entry}.
 
@@ -148,8 +163,22 @@ def make_engine(content: dict, added: dict[str, dict]) -> TiktokenEngine | HubEn
     except ImportError:
         if not is_gpt2_kind(content, added):
             raise ModuleNotFoundError("needs the package tokenizers: pip install tokenizers") from None
-        return gpt2_engine(content["model"], added)
-    return HubEngine(tokenizers, content, added)
+        engine = gpt2_engine(content["model"], added)
+    else:
+        engine = HubEngine(tokenizers, content, added)
+    engine.digest = digest(essence(content, added))
+    return engine
+
+
+def essence(content: dict, added: dict[str, dict]) -> list:
+    """What of a tokenizer.json decides about the ids, the same for each layout of it and for each engine."""
+    model = {key: x for key, x in content["model"].items() if x and key not in ("dropout", "merges")}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"].get("merges", [])]
+    steps = [content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+    if is_gpt2_kind(content, added):  # also vocab.json and merges.txt
+        model, steps = model["vocab"], []
+    flags = {name: [token[flag] for flag in FLAGS[2 * token["special"] :]] for name, token in added.items()}
+    return [model, merges, steps, flags]
 
 
 def vocabulary(model: dict) -> dict[str, int]:

@@ -42,21 +42,46 @@ def read_rows(
     Raises ValueError with the file and the line for what is not a row.
     """
     unused = set() if ignored is None else ignored
-    rows, bad = [], []
-    for place, record in read_records(path, KNOWN, unused):
+    rows, bad = [], Bad(skip_bad)
+    records = read_records(path, KNOWN, unused)
+    for place, record in distributed.progress(records, os.path.basename(path), unit="row", leave=False):
         try:
-            rows.append(as_row(record, reshape or from_known_format, unused))
+            rows.append(Row(as_row(record, reshape or from_known_format, unused)))
+            rows[-1].place = path, place
         except (ValueError, RecursionError) as e:
-            bad.append(f"{path}, {place}: {e}")
-            if not skip_bad:
-                raise ValueError(f"{bad[0]} (--skip-bad leaves such rows out)") from None
-    if not rows:
-        raise ValueError(f"{path} has no row that can be used. The first: {bad[0]}" if bad else f"{path} has no rows")
-    if bad:
-        warn(f"left out {len(bad):,} of {len(bad) + len(rows):,} rows. The first: {bad[0]}")
+            bad.note(f"{path}, {place}: {e}")
+    if not rows and not bad.count:
+        raise ValueError(f"{path} has no rows")
+    bad.report(rows, path)
     if ignored is None:
         name_ignored(unused)
     return rows
+
+
+class Row(dict):
+    """A row that knows where it is from: (file, "line 3")."""
+
+    __slots__ = ("place",)
+
+
+class Bad:
+    """Counts the rows that cannot be used: skip_bad leaves them out, else the first one raises ValueError."""
+
+    def __init__(self, skip_bad: bool):
+        self.skip_bad, self.count, self.first = skip_bad, 0, ""
+
+    def note(self, error: str):
+        """One that cannot be used."""
+        if not self.skip_bad:
+            raise ValueError(f"{error} (--skip-bad leaves such rows out)") from None
+        self.count, self.first = self.count + 1, self.first or error
+
+    def report(self, kept: list, where: str):
+        """At the end, say how many there were.  Raises ValueError if nothing is left."""
+        if not kept:
+            raise ValueError(f"{where} has no row that can be used. The first: {self.first}")
+        if self.count:
+            warn(f"left out {self.count:,} of {self.count + len(kept):,} rows. The first: {self.first}")
 
 
 def as_row(record: object, reshape: Callable, ignored: set[str]) -> dict:
@@ -97,8 +122,9 @@ def warn(message: str):
 
 def write_rows(path: str, rows: list[dict]):
     """Write rows to a .jsonl file, atomically."""
+    to_json = json.JSONEncoder(ensure_ascii=False).encode
     with replacing(path) as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        f.writelines(to_json(row) + "\n" for row in rows)
 
 
 # -- Columns -----------------------------------------------------------------------------------------------------------
@@ -318,8 +344,8 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
 OURS = ("prepared.json", "config.json", "words.json")  # in a folder beside the rows
 
 
-def load_splits(where: str, skip_bad: bool = False) -> dict[str, list[dict]]:
-    """The splits of a data set: {"train": rows, "val": rows, "test": rows, "test_...": rows}.
+def load_splits(where: str, skip_bad: bool = False, reshape: Callable | None = None) -> dict[str, list[dict]]:
+    """The splits of a data set: {"train": rows, "val": rows, "test": rows, "test_...": rows}; reshape: of `read_rows`.
 
     `where` is a file, or a folder with a file for train and, if there are, val, test and test_*.  E2E's folder may have
     devset.csv alone, which is then train.  What is missing of train, val and test is split off, a tenth each.
@@ -329,7 +355,7 @@ def load_splits(where: str, skip_bad: bool = False) -> dict[str, list[dict]]:
         advice = "python -m data.prepare makes a folder of a public data set, or of a file of yours"
         raise FileNotFoundError(f"no data at {where}: --data takes {takes} ({advice})")
     paths, ignored = find_splits(where) if os.path.isdir(where) else {"train": where}, set()
-    splits = {split: read_rows(path, skip_bad, ignored=ignored) for split, path in paths.items()}
+    splits = {split: read_rows(path, skip_bad, reshape, ignored) for split, path in paths.items()}
     name_ignored(ignored)
     return fill_missing_splits(splits, where)
 
@@ -388,7 +414,7 @@ def split_by_instruction(rows: list[dict], seed: int = 0, share: float = 0.1) ->
     """(the rest, a share) of rows, so that the same instruction never stands on both sides."""
     groups = {}
     for row in rows:
-        groups.setdefault(question(row) or row["output"], []).append(row)
+        groups.setdefault(hash(question(row) or row["output"]), []).append(row)  # the texts would take much memory
     keys = list(groups)
     random.Random(seed).shuffle(keys)
     n = max(1, round(len(keys) * share))

@@ -1,16 +1,16 @@
 """Records of a file, whatever its format: JSON lines, JSON, or a table in one of its dialects.
 
-    read_records("my.csv")      [("line 2", {"question": "...", "answer": "..."}), ("line 3", ValueError("...")), ...]
+    read_records("my.csv")      ("line 2", {"question": "...", "answer": "..."}), ("line 3", ValueError("...")), ...
 
 What a record means is up to files.py.  One that cannot be read is a ValueError in its place, and can be left out alone.
 """
 
 import codecs
 import csv
-import io
 import json
 import os
 import re
+from collections.abc import Iterator
 
 from plumbing.files import no_duplicate_keys, refuse_lfs_pointer
 
@@ -38,7 +38,10 @@ BINARY = {  # how files begin that hold data, but no text
 }
 
 
-def read_records(path: str, known: set[str] = frozenset(), ignored: set[str] | None = None) -> list[tuple[str, object]]:
+Records = Iterator[tuple[str, object]]  # one at a time: those of a large file, all together, are larger than it
+
+
+def read_records(path: str, known: set[str] = frozenset(), ignored: set[str] | None = None) -> Records:
     """(place, record) of each record, in order.  A record is a dict, anything else that JSON can hold, or a ValueError.
 
     known       names of columns.  They help to tell a table's separator, and a row from an object that holds rows
@@ -59,9 +62,11 @@ def read_records(path: str, known: set[str] = frozenset(), ignored: set[str] | N
         raise ValueError(f"{path} has no name that tells its format. We read {READABLE_TEXT}")
     try:
         text = decode(content)
+        del content
         if extension in TABLES:
-            return read_table(text, TABLES[extension], known)
-        return read_json_records(text, extension in LINES, known, set() if ignored is None else ignored)
+            yield from read_table(text, TABLES[extension], known)
+        else:
+            yield from read_json_records(text, extension in LINES, known, set() if ignored is None else ignored)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read: {e}") from None
 
@@ -79,6 +84,11 @@ def decode(content: bytes) -> str:
         return content.decode("utf-8-sig", "surrogateescape")
 
 
+def lines_of(text: str) -> Iterator[str]:
+    """The lines of a text, with their ends.  io.StringIO would first take four bytes for each character."""
+    return (line[0] for line in re.finditer(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+", text))
+
+
 def undecoded(text: str) -> ValueError | None:
     """A ValueError for text with a byte that is no UTF-8; else None."""
     if text.isascii() or not re.search("[\udc80-\udcff]", text):
@@ -89,21 +99,23 @@ def undecoded(text: str) -> ValueError | None:
 # -- JSON --------------------------------------------------------------------------------------------------------------
 
 
-def read_json_records(text: str, is_lines: bool, known: set[str], ignored: set[str]) -> list[tuple[str, object]]:
+def read_json_records(text: str, is_lines: bool, known: set[str], ignored: set[str]) -> Records:
     """Records of a list, of an object that holds a list of rows, or of lines."""
-    if not text.strip():
-        return []
+    if not text or text.isspace():
+        return
     content = parse_json(text)
     if isinstance(content, ValueError):
-        lines = [(f"line {i}", line) for i, line in enumerate(re.split("\r\n|\n|\r", text), 1) if line.strip()]
-        if not is_lines and isinstance(parse_json(lines[0][1]), ValueError):
+        if not is_lines and isinstance(parse_json(first_line(text)), ValueError):
             raise content
-        return [(place, undecoded(line) or parse_json(line)) for place, line in lines]
+        for i, line in enumerate(lines_of(text), 1):
+            if line := line.strip():
+                yield f"line {i}", undecoded(line) or parse_json(line)
+        return
     if isinstance(content, dict):
         content = rows_within(content, known, ignored)
     if not isinstance(content, list):
         raise ValueError(f"it is {str(content)[:40]!r}, and should be a list of rows")
-    return [(f"{'line' if is_lines else 'row'} {i}", record) for i, record in enumerate(content, 1)]
+    yield from ((f"{'line' if is_lines else 'row'} {i}", record) for i, record in enumerate(content, 1))
 
 
 def parse_json(text: str) -> object:
@@ -130,7 +142,7 @@ def rows_within(content: dict, known: set[str], ignored: set[str]) -> list[dict]
 # -- Tables ------------------------------------------------------------------------------------------------------------
 
 
-def read_table(text: str, separator: str, known: set[str]) -> list[tuple[str, object]]:
+def read_table(text: str, separator: str, known: set[str]) -> Records:
     """Records of a table whose first line names its columns, in the dialect that the table itself shows."""
     if declared := re.match(r"sep=(.)(\r\n|\n|\r)", text):  # as spreadsheets write it
         separator, text = declared[1], text[declared.end() :]
@@ -138,18 +150,18 @@ def read_table(text: str, separator: str, known: set[str]) -> list[tuple[str, ob
         separator = find_separator(text, separator, known)
     quoting = csv.QUOTE_NONE if separator == "\t" and not is_quoted(text) else csv.QUOTE_MINIMAL
     lines = parse_table(text, 1 if declared else 0, delimiter=separator, quoting=quoting)
-    lines = [(place, cells) for place, cells in lines if isinstance(cells, ValueError) or "".join(cells).strip()]
-    names = name_columns(lines[0][1]) if lines else []
-    return [(place, as_record(names, cells)) for place, cells in lines[1:]]
+    lines = ((place, cells) for place, cells in lines if isinstance(cells, ValueError) or "".join(cells).strip())
+    for _, head in lines:
+        names = name_columns(head)
+        yield from ((place, as_record(names, cells)) for place, cells in lines)
 
 
-def parse_table(text: str, lines_before: int, **dialect) -> list[tuple[str, list[str] | ValueError]]:
+def parse_table(text: str, lines_before: int, **dialect) -> Iterator[tuple[str, list[str] | ValueError]]:
     """(place, cells) of each line of a table, or of each group of lines that belong together."""
     head = next(csv.reader([first_line(text)], **dialect), [])
     spaces = any(cell.startswith(" ") for cell in head[1:])  # "a, b": spaces behind the separators, in all lines
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=spaces, **dialect)
+    reader = csv.reader(lines_of(text), strict=True, skipinitialspace=spaces, **dialect)
     limit = csv.field_size_limit(len(text) + 1)  # as_record has its own, where a cell does not end at the limit
-    lines = []
     try:
         while True:
             start = lines_before + reader.line_num + 1
@@ -158,9 +170,9 @@ def parse_table(text: str, lines_before: int, **dialect) -> list[tuple[str, list
             except csv.Error as e:
                 cells = ValueError(str(e))
             if cells is None:
-                return lines
+                return
             end = lines_before + reader.line_num
-            lines.append((f"line {start}" if start == end else f"lines {start} to {end}", cells))
+            yield f"line {start}" if start == end else f"lines {start} to {end}", cells
     finally:
         csv.field_size_limit(limit)
 
@@ -193,7 +205,7 @@ def name_columns(cells: list[str] | ValueError) -> list[str]:
 
 def first_line(text: str) -> str:
     """The first line that is not blank."""
-    return next((line for line in io.StringIO(text, newline="") if line.strip()), "")
+    return next((line for line in lines_of(text) if line.strip()), "")
 
 
 def find_separator(text: str, default: str, known: set[str]) -> str:

@@ -6,11 +6,12 @@
     python -m data.prepare my.csv --map instruction=question,output=answer
     python -m data.prepare my.tsv --map "instruction=Is this good or bad ?" input={title}:{text} output=stars \\
         --labels 0=bad,1=good
+    python -m data.prepare my_folder --map instruction=text output=label   # train.csv, dev.csv, ...: its own splits
     python -m data.prepare chats.jsonl --init gpt2 --show 3     # GPT-2's tokens; three rows, as the model reads them
 
-A .jsonl, .ndjson, .json, .csv or .tsv file may have Alpaca's columns, those of other well-known sets, or chats; --map
-names the columns of any other, or makes a text of {columns}.  What is missing of train, val and test is split off, a
-tenth each, so that no instruction stands on both sides.  docs/DATA.md has more.
+A .jsonl, .ndjson, .json, .csv or .tsv file, or a folder of them, may have Alpaca's columns, those of other well-known
+sets, or chats; --map names the columns of any other, or makes a text of {columns}.  What is missing of train, val and
+test is split off, a tenth each, so that no instruction stands on both sides.  docs/DATA.md has more.
 """
 
 import functools
@@ -26,11 +27,9 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from tqdm import tqdm
-
-from data import PLAIN, TINY, Template, Tokenizer, encode, label_words, load_splits, make_template, p3, template, world
+from data import TINY, Tokenizer, encode, encode_each, label_words, load_splits, p3, world
 from data.files import column_names, fill_missing_splits, from_known_format, read_rows, split_name, to_text, write_rows
-from data.template import TEMPLATES
+from data.template import PLAIN, TEMPLATES, Template, make_template, question, template
 from plumbing import hub
 from plumbing.cli import Parser, UsageError, at_least, run
 from plumbing.files import naming, read_json, replacing, write_json
@@ -152,20 +151,28 @@ def parse_pairs(texts: list[str], option: str, keys: tuple = ()) -> dict[str, st
 # -- What a data set is like -------------------------------------------------------------------------------------------
 
 
-def describe(splits: dict, tokenizer: Tokenizer, room: int, model: str, layout: Template = PLAIN) -> Iterator[str]:
-    """Statistics of splits as lines of text, with lengths in tokens of a model, which takes `room` of them."""
+def describe(
+    splits: dict, tokenizer: Tokenizer, room: int, model: str, layout: Template = PLAIN, skip_bad: bool = False
+) -> Iterator[str]:
+    """Statistics of splits as lines of text, with lengths in tokens of a model, which takes `room` of them.
+
+    skip_bad takes the rows that the layout refuses out of the splits.
+    """
     yield f"{'':12} {'rows':>8} {'prompt':>14} {'response':>14} {'too long':>10}"
-    total = 0
+    total, repeats = 0, {}
     for split, rows in splits.items():
-        examples = encode(tqdm(rows, split, leave=False), tokenizer, sys.maxsize, template=layout)
-        too_long = sum(len(e.prompt) + len(e.response) > room for e in examples)
+        examples = encode_each(rows, tokenizer, sys.maxsize, template=layout, skip_bad=skip_bad, name=split)
+        lengths = [(len(e.prompt), len(e.response)) for e in examples]
+        too_long = sum(sum(pair) > room for pair in lengths)
         total += too_long
-        lengths = [[len(ids) for ids in column] for column in list(zip(*examples))[:2]]
-        cells = [f"{statistics.median_low(column):,} (to {max(column):,})" for column in lengths]
+        cells = [f"{statistics.median_low(column):,} (to {max(column):,})" for column in zip(*lengths)]
         yield f"{split:12} {len(rows):8,} {cells[0]:>14} {cells[1]:>14} {too_long:10,}"
+        repeats[split] = len(rows) - len({hash((question(row), row["output"])) for row in rows})
     yield f"Median and longest, in tokens of {model}, which takes {room:,}."
     if total:
         yield f"train.py refuses rows that are too long, or cuts them with --truncate: {total:,} of these."
+    if any(repeats.values()):
+        yield f"Exact repeats of earlier rows: {', '.join(f'{n:,} in {split}' for split, n in repeats.items() if n)}."
     if labels := label_words(splits["train"]):
         yield f"Label words: {', '.join(labels)}. It is scored by accuracy."
 
@@ -183,7 +190,7 @@ def show(row: dict, tokenizer: Tokenizer, layout: Template = PLAIN) -> str:
 def parse(argv: list[str] | None = None) -> Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("dataset", help=f"tiny, {', '.join(SOURCES)}, or a .jsonl, .ndjson, .json, .csv or .tsv file")
+    add("dataset", help=f"tiny, {', '.join(SOURCES)}, a .jsonl, .ndjson, .json, .csv or .tsv file, or a folder of such")
     add("--out", help="folder to write to (default: data/NAME)")
     add("--file", nargs="+", default=[], help="the files of a public data set, or their folder, instead of a download")
     add("--map", nargs="+", default=[], metavar="KEY=COLUMN", help=f"the columns that make {', '.join(KEYS)}")
@@ -197,13 +204,14 @@ def parse(argv: list[str] | None = None) -> Namespace:
     args.labels = parse_pairs(args.labels, "--labels")
     public = args.dataset in SOURCES
     if not public and args.dataset != "tiny" and not os.path.exists(args.dataset):
-        parser.error(f"no data set {args.dataset!r} and no such file. There are: tiny, {', '.join(SOURCES)}")
+        parser.error(f"no data set {args.dataset!r} and no such file or folder. There are: tiny, {', '.join(SOURCES)}")
     if args.file and not public or (args.map or args.labels) and (public or args.dataset == "tiny"):
-        parser.error("--file is for a public data set, --map and --labels for a file of your own")
+        parser.error("--file is for a public data set, --map and --labels for a file or folder of your own")
     if args.labels and "output" not in args.map or args.map and not {"instruction", "output"} <= set(args.map):
         parser.error("--map needs at least instruction=... and output=..., and --labels needs --map")
     args.origin = {"from": args.dataset if args.dataset in ("tiny", *SOURCES) else os.path.abspath(args.dataset)}
-    name = os.path.splitext(os.path.basename(args.dataset))[0]
+    name = os.path.basename(os.path.abspath(args.dataset))
+    name = name if os.path.isdir(args.dataset) else os.path.splitext(name)[0]
     if not args.out and name in ("tiny", *SOURCES) and args.dataset != name:
         parser.error(f"data/{name} is for the data set of that name: name another folder with --out")
     args.out = args.out or os.path.join(os.path.dirname(TINY), name)
@@ -221,16 +229,19 @@ def main(argv: list[str] | None = None):
     refuse_other_data(args)
     if args.dataset == "tiny":
         world.tiny(args.out)
-    else:
-        splits = make_splits(args)
+    splits = load_splits(args.out) if args.dataset == "tiny" else make_splits(args)
+    about = list(describe(splits, tokenizer, config.block_size, args.init, layout, args.skip_bad))
+    if args.out != TINY:
         with naming(args.out):
             os.makedirs(args.out, exist_ok=True)
+        write_json(os.path.join(args.out, "prepared.json"), args.origin)
+    if args.dataset != "tiny":
         for split in reversed(splits):  # train last: if it is there, the others are, too
             write_rows(os.path.join(args.out, f"{split}.jsonl"), splits[split])
-    if args.out != TINY:
-        write_json(os.path.join(args.out, "prepared.json"), args.origin)
-    splits = load_splits(args.out)
-    print(*describe(splits, tokenizer, config.block_size, args.init, layout), sep="\n")
+        for name in os.listdir(args.out):  # what the same data had when they were prepared before
+            if split_name(name) and split_name(name) not in splits:
+                os.remove(os.path.join(args.out, name))
+    print(*about, sep="\n")
     for row in splits["train"][: args.show]:
         print(f"\n{show(row, tokenizer, layout)}")
     options = "" if args.init == "tiny" else f" --init {shlex.quote(args.init)}"
@@ -240,12 +251,12 @@ def main(argv: list[str] | None = None):
 
 
 def make_splits(args: Namespace) -> dict[str, list[dict]]:
-    """The splits of a file of any columns, or of a public data set, which is downloaded or in --file."""
+    """The splits of files of any columns, or of a public data set, which is downloaded or in --file."""
     source = SOURCES.get(args.dataset)
     own = source or args  # both have a map and labels
     reshape = functools.partial(map_columns, mapping=own.map, labels=own.labels) if own.map else from_known_format
     if not source:
-        return fill_missing_splits({"train": read_rows(args.dataset, args.skip_bad, reshape)}, args.dataset)
+        return load_splits(args.dataset, args.skip_bad, reshape)
     files = locate_files(source, args.file, os.path.join(args.out, "raw"))
     # skip_bad: some of Alpaca's outputs are empty.  ignored: what we do not use of these, we know
     splits = {part: read_rows(path, skip_bad=True, reshape=reshape, ignored=set()) for part, path in files.items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 from data import PLAIN, Example, Template, Tokenizer, collate, evenly_spaced, shorten
 from data.reads import seen
 from model import NO_TUNER, Decoder, Tuner
+from plumbing.distributed import progress
 
 BLIND = Tuner()  # the frozen model where an instruction is hidden, and nothing stands in its place
 BLIND.act = "hidden"
@@ -59,7 +60,8 @@ def score_examples(model: Decoder, examples: list[Example], tuner: Tuner | None 
     nats, kl = torch.zeros(2, len(examples), dtype=torch.double)
     wrong = torch.zeros(len(examples), dtype=torch.long)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt) + len(examples[i].response))
-    for rows in (torch.tensor(order[i : i + size]) for i in range(0, len(order), size)):
+    for i in progress(range(0, len(order), size), "score", unit="batch", leave=False):
+        rows = torch.tensor(order[i : i + size])
         batch = collate([examples[i] for i in rows], model.config.block_size, device)
         has_target = batch.targets >= 0
         hidden = model.hidden(batch.idx, batch.instr, tuner, n=batch.used())[has_target]
@@ -103,6 +105,7 @@ class Session(NamedTuple):
     tests: list[str]  # the splits to test on
     labels: list[str]  # the label words, if the outputs are a few classes
     block_size: int
+    hashes: dict[str, object]  # what a run is known by
     plain: list[Example] = []  # text that has nothing to do with the rows: what does tuning cost there?
 
     def counts(self) -> dict[str, int]:

@@ -132,7 +132,7 @@ def sized(config: Config, name: str, budget: int) -> tuple[list[str], int]:
 @functools.lru_cache(maxsize=1)
 def open_session(options: tuple[str, ...]) -> train.Session:
     """The model and the rows, opened once in a process."""
-    args = train.parse(list(options))
+    args = train.parse(["--test-rows", "0", *options])
     device, dtype, _ = pick_device(args.device, args.dtype)
     return train.open_session(args, device, dtype)
 

@@ -132,7 +132,7 @@ def untrained(args: Namespace):
 
 def open_session(args: Namespace) -> Session:
     device, dtype, _ = pick_device(args.device, args.dtype)
-    options = ["--init", args.init, "--data", args.data, "--hide-instruction", "--val-rows", "0"]
+    options = ["--init", args.init, "--data", args.data, "--hide-instruction", "--val-rows", "0", "--test-rows", "0"]
     return train.open_session(train.parse(options), device, dtype)
 
 

@@ -123,8 +123,26 @@ def warm_start(tuner: Tuner, path: str, meta: dict, out: str):
     load_into(tuner, content, path)
 
 
+def refuse_other_model(path: str, meta: dict, init: str, known: dict[str, str]):
+    """Raise ValueError if the run at `path` was trained on another model than `init`, or on other tokens of its text.
+
+    known: the hashes of `init` that `meta` has of the run's model.
+    """
+    if known["base"] != meta["base"]:
+        other = f"{path} was trained on {meta['init']} ({meta['base']}); {init} is another model ({known['base']})"
+        raise ValueError(f"{other}: name the right one with --init, or --force it")
+    if meta.get("tokenizer", known["tokenizer"]) != known["tokenizer"]:  # older runs say nothing of it
+        edited = f"{path} was trained with another tokenizer or chat template than {init} has now"
+        raise ValueError(f"{edited}: put its files back, name another folder with --init, or --force it")
+
+
 class Diverged(ValueError):
     """The loss is no longer a finite number."""
+
+
+# The hashes that a run is known by, and what is said of another one.
+HASHED = {"base": ("the model is not that", "--init"), "rows": ("the rows are not those", "--data, --test-rows"),
+          "tokenizer": ("the tokenizer or its chat template is not that", "--init")}  # fmt: skip
 
 
 class RunFolder:
@@ -211,13 +229,23 @@ class RunFolder:
             raise ValueError(f"--resume: {path} is of an older version: {advice}")
         if "optimizer" not in content or "state" not in content:
             raise ValueError(f"--resume: {path} is a checkpoint without the optimizer's state: it cannot be resumed")
-        for key, value in meta.items():
-            saved = content["meta"].get(key)
-            if saved != value and key == "rows":
-                raise ValueError(f"--resume: the rows are not those of the run in {self.path} (--data, --test-rows)")
-            if saved != value:
-                raise ValueError(f"--resume: {key} was {saved!r} in {path}, now it is {value!r}")
+        self.refuse_other(content["meta"], meta)
         return content
+
+    def refuse_other(self, saved: dict, meta: dict):
+        """Raise ValueError if this run is another than the `saved` one, in any entry of `meta`.
+
+        Not names but hashes decide about model, data and tokenizer: folders may have moved.  Of what is trained from
+        --warm-start, all is in the checkpoint.
+        """
+        for key, value in meta.items():
+            was = saved.get(key, value if key == "tokenizer" else None)  # older runs say nothing of that
+            if was == value or key in ("init", "data") or key == "warm_start" and was and value:
+                continue
+            if key in HASHED:
+                what, options = HASHED[key]
+                raise ValueError(f"--resume: {what} of the run in {self.path} ({options})")
+            raise ValueError(f"--resume: {key} was {was!r} in {self.last}, now it is {value!r}")
 
     def read_log(self) -> list[dict]:
         """The rows of log.jsonl; none if there is no log.  A last line that was not finished is left out."""

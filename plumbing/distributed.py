@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from tqdm import tqdm
 
 from model import Decoder
 
@@ -91,6 +92,11 @@ def all_reduce_grads(parameters: Iterable[nn.Parameter], *numbers: float) -> Seq
     for grad, total in zip(grads, sums):
         grad.copy_(total.view_as(grad))
     return numbers.tolist()
+
+
+def progress(items: Iterable | None = None, name: str = "", delay: float = 1.0, **settings) -> tqdm:
+    """A bar on the terminal, if there is one, for what takes longer than `delay` seconds; the first process's alone."""
+    return tqdm(items, name or None, delay=delay, dynamic_ncols=True, disable=RANK > 0 or None, **settings)
 
 
 def barrier():

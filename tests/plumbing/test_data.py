@@ -1,6 +1,7 @@
 """tiny keeps knowledge and task apart; batches are a pure function of seed and step."""
 
 import hashlib
+import json
 import os
 import random
 import re
@@ -10,8 +11,10 @@ import torch
 from conftest import ROOT
 
 import data
+import train
 from data import Batches, Example, collate, encode, evenly_spaced, open_data, rows_fingerprint, template, world
-from data.files import read_rows
+from data.files import read_rows, write_rows
+from data.formats import read_records
 from data.tokenizer import Tokenizer
 from plumbing.files import read_json
 
@@ -249,6 +252,29 @@ def test_any_change_to_the_rows_changes_their_fingerprint():
         {"train": [{**splits["train"][0], "history": []}, splits["train"][1]], "val": []},
     ]
     assert len({known, *map(rows_fingerprint, others)}) == 5
+    whole = hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()  # as before it came in pieces
+    assert whole.startswith(known)
+
+
+def test_of_a_large_test_set_5000_rows_are_tested_on_and_a_line_says_so(tmp_path, capsys):
+    for name, n in (("train", 20), ("val", 5), ("test", 6000), ("test_small", 7)):
+        write_rows(str(tmp_path / f"{name}.jsonl"), [{"instruction": f"say {i}", "output": "b"} for i in range(n)])
+    for options, n in (([], 5000), (["--test-rows", "0"], 6000)):
+        rows, _ = data.open_rows(train.parse(["--data", str(tmp_path), *options]))
+        assert [len(rows[name]) for name in ("train", "val", "test", "test_small")] == [20, 5, n, 7]
+    assert capsys.readouterr().out == "test: 5,000 of 6,000 rows, evenly spaced (--test-rows 0: all)\n"
+
+
+def test_a_large_file_takes_little_more_memory_than_its_text(tmp_path, tokenizer):
+    """Its records are read one at a time, and an id is one object wherever it stands."""
+    path = tmp_path / "my.csv"
+    path.write_text("instruction,output\n" + "say the plural of mouse ?,mice\n" * 50)
+    records = read_records(str(path))
+    assert iter(records) is records and next(records)[0] == "line 2"
+    rows = read_rows(str(path))
+    one, *others = encode(rows, tokenizer, 256)
+    assert max(one.prompt) > 256
+    assert all(x is y for e in others for x, y in zip(e.prompt + e.response, one.prompt + one.response, strict=True))
 
 
 def test_some_rows_of_many_are_evenly_spaced():

@@ -147,10 +147,8 @@ def test_rows_without_an_input_are_refused_by_number_or_left_out_and_counted(moo
         write_rows(str(tmp_path / f"{name}.jsonl"), split)
     out = str(tmp_path / "run")
     status, text = run_in(train, *HIDDEN, "--data", str(tmp_path), "--out", out)
-    assert (
-        status == 1
-        and "row 4: a hidden instruction wants an input behind it (--input; or --skip-bad, in training)" in text
-    )
+    wants = "train.jsonl, line 4: a hidden instruction wants an input behind it (--input; or --skip-bad, in training)"
+    assert status == 1 and wants in text
     assert not os.path.exists(out)
     train.main([*HIDDEN, "--data", str(tmp_path), "--out", out, "--skip-bad"])
     assert "train: left out 1 of 64 rows, which have no input" in capsys.readouterr().err

@@ -295,8 +295,37 @@ def test_what_cannot_be_written_is_named_with_what_to_do(tmp_path, monkeypatch, 
 
     monkeypatch.setattr("builtins.open", refused)
     status, text = run_in(prepare, my, "--out", str(tmp_path / "out"))
-    path, space = tmp_path / "out" / "test.jsonl", "free some space, or " if error == errno.ENOSPC else ""
+    path, space = tmp_path / "out" / "prepared.json", "free some space, or " if error == errno.ENOSPC else ""
     assert status == 1 and f"error: {path} cannot be written ({os.strerror(error)}): {space}name another place" in text
+
+
+def test_a_folder_s_files_are_mapped_one_by_one_and_its_splits_stay(tmp_path):
+    (tmp_path / "my").mkdir()
+    sizes = {"train.csv": 30, "dev.tsv": 3, "test.jsonl": 4, "test_hard.JSON": 2}
+    for name, n in sizes.items():
+        rows = [{"text": f"{name} {i}", "label": i % 2, "id": i} for i in range(n)]
+        lines = ["text\tlabel\tid" if "tsv" in name else "text,label,id"]
+        lines += [("\t" if "tsv" in name else ",").join(map(str, row.values())) for row in rows]
+        text = json.dumps(rows) if "JSON" in name else "\n".join(map(json.dumps, rows) if "jsonl" in name else lines)
+        written(tmp_path / "my" / name, text)
+    mapping = ["--map", "instruction=Is it good ? {text}", "output=label", "--labels", "0=bad", "1=good"]
+    status, text = run_in(prepare, str(tmp_path / "my"), *mapping, "--out", str(tmp_path / "out"))
+    assert status == 0 and text.count("ignored columns: id\n") == 1
+    splits = load_splits(str(tmp_path / "out"))
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 30, "val": 3, "test": 4, "test_hard": 2}
+    assert splits["val"][1] == {"instruction": "Is it good ? dev.tsv 1", "input": "", "output": "good"}
+    os.remove(tmp_path / "my" / "test_hard.JSON")  # nor does it stay in what is prepared again
+    assert run_in(prepare, str(tmp_path / "my"), *mapping, "--out", str(tmp_path / "out"))[0] == 0
+    assert sorted(load_splits(str(tmp_path / "out"))) == ["test", "train", "val"]
+    status, text = run_in(prepare, str(tmp_path / "my"), *mapping, "--out", str(tmp_path / "my"))
+    assert status == 1 and "is of another data set: name another folder with --out" in text
+
+
+def test_exact_repeats_are_counted(tmp_path):
+    rows = [json.dumps({**LIMA, "instruction": f"q {i % 25}"}) for i in range(30)]
+    status, text = run_in(prepare, written(tmp_path / "my.jsonl", "\n".join(rows)), "--out", str(tmp_path / "out"))
+    assert status == 0 and re.search(r"^Exact repeats of earlier rows: .*\d in train", text, re.MULTILINE)
+    assert sum(map(int, re.findall(r"(\d+) in ", text))) == 5
 
 
 @pytest.mark.parametrize("other", ["train.jsonl", "train.tsv", "test_hard.csv"])

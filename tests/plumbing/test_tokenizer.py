@@ -10,10 +10,10 @@ import tiktoken
 from conftest import ROOT, shared
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from data import encode
+from data import PLAIN, encode, text_fingerprint
 from data.engines import GPT2, WORDS, TiktokenEngine, gpt2_chars, secret_name
 from data.template import make_template
-from data.tokenizer import END, Tokenizer, pieces
+from data.tokenizer import END, Tokenizer, TokenizerFiles, describe_gpt2, pieces
 from plumbing.files import read_json, write_json
 
 TEXTS = [
@@ -474,6 +474,29 @@ def test_a_sentencepiece_model_alone_is_not_read(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     with pytest.raises(ValueError, match="is a SentencePiece model: it needs tokenizer.json beside it"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_a_tokenizer_s_fingerprint_tells_what_makes_ids_and_not_the_layout_of_its_files(tmp_path, monkeypatch, package):
+    if package:
+        pytest.importorskip("tokenizers", reason="pip install tokenizers")
+    else:
+        monkeypatch.setitem(sys.modules, "tokenizers", None)
+    vocab = {char: i for i, char in enumerate(gpt2_chars().values())} | {"ab": 256, "bc": 257, END: 258}
+
+    def known(vocab=vocab, merges="a b\nb c", end=258, **settings):
+        for name, content in (("config", {"eos_token_id": end}), ("tokenizer_config", settings), ("vocab", vocab)):
+            write_json(tmp_path / f"{name}.json", content)
+        (tmp_path / "merges.txt").write_text(merges)
+        return text_fingerprint(Tokenizer.load(tmp_path), PLAIN)
+
+    edited = [known({**vocab, "ab": 257, "bc": 256}), known(merges="b c\na b"), known(end=3), known(add_bos_token=True)]
+    edited += [known(added_tokens_decoder={"259": {"content": "<new>", "special": True}}), known()]
+    assert len(set(edited)) == 6
+    content = describe_gpt2(TokenizerFiles(tmp_path), vocab)
+    content["model"] |= {"dropout": 0.1, "byte_fallback": False}
+    write_json(tmp_path / "tokenizer.json", {**content, "truncation": {"max_length": 3}, "padding": None})
+    assert text_fingerprint(Tokenizer.load(tmp_path), PLAIN) == edited[-1]
 
 
 def test_white_space_at_which_tiktoken_would_panic_is_refused_in_one_line():

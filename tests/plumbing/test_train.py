@@ -2,6 +2,7 @@
 something is wrong.
 """
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -25,7 +26,7 @@ from conftest import ROOT, SHIPPED, SMALL, run_in, same_run, shared, tensors
 import sample
 import train
 from baselines import METHODS, build
-from data import TINY, Example, Tokenizer, collate, encode, load_splits, scores
+from data import TINY, Example, Tokenizer, collate, encode, load_splits, prepare, scores
 from data.files import label_words
 from data.scores import accuracy, evaluate, score_examples
 from data.tokenizer import END
@@ -370,6 +371,114 @@ def test_resuming_with_other_settings_is_refused(short, rows):
         train.main([*SMALL, "--steps", "60", "--data", rows, "--out", short, "--resume"])
 
 
+def test_what_cannot_be_resumed_is_refused_before_any_work(short, rows, tmp_path, monkeypatch):
+    out, other = str(tmp_path / "run"), str(tmp_path / "rows")
+    shutil.copytree(short, out)
+    shutil.copytree(rows, other)
+    with open(os.path.join(other, "train.jsonl"), "a") as f:
+        f.write('{"instruction": "a", "output": "b"}\n')
+    monkeypatch.setattr(train, "encode", lambda *args: pytest.fail("encoded first"))
+    with pytest.raises(ValueError, match="--resume: the rows are not those of the run in .* .--data, --test-rows"):
+        train.main([*SMALL, "--data", other, "--out", out, "--resume"])
+    monkeypatch.setattr(train, "open_model", lambda *args: pytest.fail("opened first"))
+    with pytest.raises(ValueError, match="--resume: seed was 0 in .*, now it is 1"):
+        train.main([*SMALL, "--seed", "1", "--data", rows, "--out", out, "--resume"])
+
+
+def test_a_run_that_moved_with_its_data_and_its_model_goes_on_and_scores_the_frozen_model_no_more(
+    rows, short, tmp_path, monkeypatch
+):
+    """Names do not decide about a model and its data, hashes do.  And it can go on in a thread."""
+    for folder in ("a/rows", "a/model"):
+        shutil.copytree(rows if "rows" in folder else TINY, tmp_path / folder, ignore=lambda *_: ["pretrain"])
+    monkeypatch.chdir(tmp_path / "a")
+    real, scored, batch = train.Session.scores, [], train.Batches.batch
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped after 5 steps"):
+        patch.setattr(train.Batches, "batch", lambda self, i: batch(self, i if i < 4 else stop() or i))
+        train.main([*SMALL, "--init", "model", "--data", "rows", "--out", "run"])
+    shutil.copytree(tmp_path / "a", tmp_path / "b")  # the lock of what would be moved is this process's
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.Session, "scores", lambda self, *t: scored.append(t) or real(self, *t))
+    again, results = [*SMALL, "--init", "./b/model", "--data", "b/rows/", "--out", "b/run", "--resume"], []
+    thread = threading.Thread(target=lambda: results.append(train.main(again)))  # which cannot handle signals
+    thread.start()
+    thread.join()
+    assert same_run("b/run", short) and len(scored) == 1 and isinstance(scored[0][0], Tuner)
+    assert all(score.nats > 5 for score in results[0]["before"].values()) and len(results[0]["before"]) == 3
+
+
+def stop():
+    """Ctrl-C."""
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_whose_template_was_edited_is_neither_resumed_nor_asked_but_one_that_writes_the_date_is(
+    tmp_path, monkeypatch
+):
+    pytest.importorskip("jinja2", reason="pip install jinja2")
+    out, real, now = str(tmp_path / "x"), Tokenizer.load, [{"word": "answer", "date": "1 May"}]
+
+    def load(folder):
+        tokenizer = real(folder)
+        today = "{{ strftime_now('%d %B') }} {% for m in messages %}{{ m.role }} says {{ m.content }} . {% endfor %}"
+        tokenizer.chat_template = today + f"the {now[0]['word']} :"
+        return tokenizer
+
+    clock = SimpleNamespace(now=lambda: SimpleNamespace(strftime=lambda layout: now[0]["date"]))
+    monkeypatch.setattr(Tokenizer, "load", load)
+    monkeypatch.setattr(sys.modules["data.template"], "datetime", SimpleNamespace(datetime=clock))
+    with open(tmp_path / "my.jsonl", "w") as f:
+        f.writelines(json.dumps({"instruction": f"say {i}", "output": "yes"}) + "\n" for i in range(30))
+    argv = [*SMALL, "--steps", "1", "--template", "chat", "--data", str(tmp_path / "my.jsonl"), "--out", out]
+    train.main(argv)
+    question = "the plural of mouse ?", *CPU
+    now[0] = {"word": "answer", "date": "2 May"}
+    assert run_in(train, *argv, "--resume")[0] == 0 and run_in(sample, out, *question)[0] == 0
+    now[0] = {"word": "word", "date": "1 May"}
+    status, text = run_in(train, *argv, "--resume")
+    assert status == 1 and f"the tokenizer or its chat template is not that of the run in {out} (--init)" in text
+    status, text = run_in(sample, out, *question)
+    assert status == 1 and f"{out} was trained with another tokenizer or chat template than tiny has now" in text
+    assert run_in(sample, out, *question, "--force")[0] == 0
+    for name in ("best.pt", "last.pt"):  # of a run that was made before this was known
+        content = load_checkpoint(os.path.join(out, name))
+        del content["meta"]["tokenizer"]
+        torch.save(content, os.path.join(out, name))
+    assert run_in(train, *argv, "--resume")[0] == 0 and run_in(sample, out, *question)[0] == 0
+
+
+ALTERNATING = """{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('roles must alternate') }}{% endif %}{{ m.role }} says {{ m.content }} . {% endfor %}the word :"""
+
+
+def test_a_row_that_the_chat_template_refuses_is_named_by_its_line_or_left_out(tmp_path, monkeypatch):
+    """As Llama 2's refuses two turns of a user one after the other."""
+    pytest.importorskip("jinja2", reason="pip install jinja2")
+    real, path, out = Tokenizer.load, str(tmp_path / "chats.jsonl"), str(tmp_path / "out")
+    monkeypatch.setattr(Tokenizer, "load", lambda folder: dataclasses.replace(real(folder), chat_template=ALTERNATING))
+    with open(path, "w") as f:
+        for i in range(40):
+            turns = ["user"] * (1 + (i == 19)) + ["assistant"]
+            f.write(json.dumps({"messages": [{"role": role, "content": f"say {i}"} for role in turns]}) + "\n")
+    train_on = SimpleNamespace(main=lambda argv: train.open_session(train.parse(argv), "cpu", torch.float32))
+    for script, argv in ((train_on, ["--data", path, "--out", out]), (prepare, [path, "--out", out])):
+        status, text = run_in(script, *argv, "--template", "chat")
+        assert status == 1 and text.splitlines()[-1].startswith(f"error: {path}, line 20: the model's chat template")
+        assert "--skip-bad leaves such rows out" in text and not os.path.exists(out)
+        status, text = run_in(script, *argv, "--template", "chat", "--skip-bad")
+        assert status == 0 and text.count(f"The first: {path}, line 20: ") == 1
+    assert sum(map(len, load_splits(out).values())) == 39
+
+
+def test_what_a_run_works_on_is_said_before_the_frozen_model_is_scored(rows, tmp_path, monkeypatch):
+    def fail(*args):
+        raise ValueError("scored now")
+
+    monkeypatch.setattr(train.Session, "scores", fail)
+    status, text = run_in(train, *SMALL, "--data", rows, "--out", str(tmp_path / "x"))
+    assert status == 1 and re.search(r"parameters train .*\ntiny on cpu.*\n.*train 640, .* rows\n.*scored now", text)
+
+
 def test_force_leaves_nothing_of_the_run_before(rows, short, tmp_path, monkeypatch):
     out = str(tmp_path / "x")
     shutil.copytree(short, out)
@@ -406,18 +515,6 @@ def test_what_keeps_a_run_from_starting_is_one_line_and_force_removes_nothing(
     monkeypatch.setattr(train, what, broken or (lambda *args: pytest.fail("the model was opened first")))
     status, text = run_in(train, *SMALL, "--data", rows, "--out", out, "--force", *options)
     assert status in (1, 2, 130) and says in text and "Traceback" not in text
-    assert same_run(out, short) and os.path.exists(os.path.join(out, "best.pt"))
-
-
-def test_a_run_in_a_thread_is_the_run_of_the_main_one(rows, short, tmp_path):
-    """Only the main thread may handle signals."""
-    out = str(tmp_path / "x")
-    shutil.copytree(short, out)
-    argv = [*SMALL, "--data", rows, "--out", out, "--force"]
-    thread = threading.Thread(target=train.main, args=(argv,))
-    os.remove(os.path.join(out, "best.pt"))
-    thread.start()
-    thread.join()
     assert same_run(out, short) and os.path.exists(os.path.join(out, "best.pt"))
 
 
