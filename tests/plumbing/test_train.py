@@ -491,6 +491,10 @@ def no_memory(*args):
     raise torch.OutOfMemoryError("out of memory")
 
 
+def interrupted(*args):
+    raise KeyboardInterrupt  # as Ctrl-C does: its signal is ignored where tests run in the background
+
+
 def no_compiler(*args):
     raise RuntimeError("no g++\nmore lines")
 
@@ -500,7 +504,7 @@ def no_compiler(*args):
     [
         (["--device", "mps"], "open_session", None, "--device mps: there is no such device here. Try"),
         (["--compile"], "open_session", None, "--compile finds no compiler (no g++): install g++ or clang++, or"),
-        ([], "open_session", lambda *args: signal.raise_signal(signal.SIGINT), "stopped\n"),
+        ([], "open_session", interrupted, "stopped\n"),
         ([], "add_gradients", no_memory, "error: out of memory. Try a smaller --batch-size"),
     ],
 )
