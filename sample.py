@@ -36,7 +36,7 @@ from model import NO_TUNER, Cache, Decoder, Tuner
 from plumbing.caches import beam_search, common_prefix, read_prefix
 from plumbing.checkpoint import load_checkpoint, load_into, refuse_other_model
 from plumbing.cli import Parser, UsageError, add_device_options, at_least, pick_device, run
-from plumbing.compiling import compiled_step
+from plumbing.compiling import check_compiler, compiled_step
 from plumbing.decoding import check_room, sample_token
 from plumbing.explain import reading_weights, shade_words
 from plumbing.hub import find_model
@@ -240,6 +240,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
 def main(argv: list[str] | None = None):
     args = parse(argv)
     device, dtype, _ = pick_device(args.device, args.dtype)
+    if args.compile:
+        check_compiler(device)
     tenants = args.tenant or [[args.run, *args.prompts]]
     paths = list(dict.fromkeys(path for path, *_ in tenants))
     model, tokenizer, template, tuners = open_runs(paths, args.init, args.force, device, dtype)

@@ -42,7 +42,6 @@ def compiled_step(model: Decoder) -> Callable[[Tensor, Cache], Tensor]:
     """
     import torch._inductor.config as inductor
 
-    check_compiler(model.wte.weight.device)
     quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
     options = {name: value for name, value in quiet.items() if hasattr(inductor, name)}  # older PyTorch lacks one
     options |= {"max_autotune": True, "triton.cudagraphs": model.wte.weight.is_cuda}
