@@ -111,7 +111,7 @@ def train(model: Decoder, tuner: Tuner, examples: dict[str, list[Example]], args
         saved = folder.load_for_resume(meta)
         load_into(tuner, saved, folder.last)
         optimizer.load_state_dict(saved["optimizer"])
-        state = saved["state"]
+        state = saved["state"] | {"before": before}
     first = state["step"]
     model.checkpointing = args.checkpoint
     if args.compile:

@@ -94,21 +94,22 @@ def open_rows(args: Namespace) -> tuple[dict[str, list[dict]], list[str]]:
 
 def rows_fingerprint(rows: dict[str, list[dict]]) -> str:
     """A hash of all splits.  A run stores it, so that it is never resumed with other rows."""
-    digest, to_json = hashlib.sha256(), json.JSONEncoder(sort_keys=True).encode
-    for i, name in enumerate(sorted(rows)):  # piece by piece: the JSON of all would take much memory
-        digest.update(f"{', ' if i else '{'}{to_json(name)}: [".encode())
+    whole, to_json = hashlib.sha256(), json.JSONEncoder(sort_keys=True).encode
+    for i, name in enumerate(sorted(rows)):  # the JSON of all, piece by piece, because it would take much memory
+        whole.update(f"{', ' if i else '{'}{to_json(name)}: [".encode())
         for j, row in enumerate(rows[name]):
-            digest.update(f"{', ' if j else ''}{to_json(row)}".encode())
-        digest.update(b"]")
-    digest.update(b"}")
-    return digest.hexdigest()[:16]
+            whole.update(f"{', ' if j else ''}{to_json(row)}".encode())
+        whole.update(b"]")
+    whole.update(b"}")
+    return whole.hexdigest()[:16]
 
 
 def text_fingerprint(tokenizer: Tokenizer, template: Template) -> str:
     """A hash of all that makes tokens of a text, but for the date that a chat template may write."""
     parts = [tokenizer.engine.digest, tokenizer.special, [*tokenizer.prefix], template.end_id(tokenizer)]
     if isinstance(template, ChatTemplate):
-        parts += [tokenizer.chat_template, template.names]
+        source = tokenizer.chat_template
+        parts += [source, {role: name for role, name in template.names.items() if role in source}]
     return digest(parts)
 
 

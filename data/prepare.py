@@ -170,7 +170,7 @@ def describe(
         repeats[split] = len(rows) - len({hash((question(row), row["output"])) for row in rows})
     yield f"Median and longest, in tokens of {model}, which takes {room:,}."
     if total:
-        yield f"train.py refuses rows that are too long, or cuts them with --truncate: {total:,} of these."
+        yield f"train.py refuses rows that are too long ({total:,}): --truncate cuts them, --skip-bad leaves them out."
     if any(repeats.values()):
         yield f"Exact repeats of earlier rows: {', '.join(f'{n:,} in {split}' for split, n in repeats.items() if n)}."
     if labels := label_words(splits["train"]):

@@ -58,7 +58,7 @@ def load_checkpoint(path: str) -> dict:
         folder = os.path.dirname(path)
         if os.path.basename(path) == "best.pt" and RunFolder(folder).can_resume():
             stopped = f"the run in {folder} was stopped before its first validation, and has no best.pt yet"
-            raise FileNotFoundError(f"{stopped}: continue it with its command and --resume, or with --eval-every")
+            raise FileNotFoundError(f"{stopped}: continue it with the same command and --resume")
         raise FileNotFoundError(f"no checkpoint at {path}. Run: python train.py")
     refuse_lfs_pointer(path)
     try:

@@ -131,7 +131,10 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> Device:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: this PyTorch sees no CUDA device. Leave the option out to use the CPU")
     try:
-        torch.zeros(1, device=device).item()
+        if torch.device(device).type == "cuda":  # not with a tensor: each process of torchrun would put one on GPU 0
+            torch.cuda.get_device_properties(device)
+        else:
+            torch.zeros(1, device=device).item()
     except Exception:  # of many kinds
         raise UsageError(f"--device {device}: there is no such device here. Try cpu, cuda, cuda:1, ...") from None
     if dtype != "auto":

@@ -19,6 +19,7 @@ class CannotWrite(OSError):
         self.reason = getattr(error, "reason", None) or error.strerror or str(error)
         space = "free some space, or " if error.errno in FULL else ""
         super().__init__(f"{path} cannot be written ({self.reason}): {space}{advice}")
+        self.errno = error.errno
 
 
 @contextlib.contextmanager

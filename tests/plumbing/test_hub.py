@@ -1,5 +1,6 @@
 """Models by name, with the package huggingface_hub and without it, against a server on loopback that acts as a hub."""
 
+import errno
 import http.server
 import json
 import os
@@ -159,6 +160,16 @@ def test_a_mirror_that_does_not_say_sizes_is_believed(either, monkeypatch):
     monkeypatch.setattr(either, "content", content)
     either.status[TREE] = 403
     assert same(hub.find_model("owner/name"), either)
+
+
+def test_a_full_disk_is_not_blamed_on_the_hub(either, tmp_path, monkeypatch):
+    def full(*args, **settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(shutil, "move", full)
+    with pytest.raises(OSError, match=r"cannot be written \(No space left on device\): free some space, or name .*HF_"):
+        hub.find_model("owner/name")
 
 
 @pytest.mark.parametrize(
