@@ -125,7 +125,7 @@ class IAPT(Tuner):
 #     a softmax of its own, not that of the words                                               0.033 (-0.020 to 0.120)
 #     values and W_up start at zero, not at random: training starts as the frozen model         0.005 (-0.012 to 0.025)
 #     H and Q have unit mean square                                                             0.021 (0.004 to 0.045)
-#     all layers have one W_down, and so a larger m                                            -0.011 (-0.033 to 0.006)
+#     all layers have one W_down, and so a larger m                                             0.011 (-0.006 to 0.033)
 class PaperGenerator(Generator):
     """H and Q as they are."""
 
