@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from baselines import build
 from baselines.tenants import Tenants
@@ -38,6 +37,7 @@ from plumbing.checkpoint import load_checkpoint, load_into, refuse_other_model
 from plumbing.cli import Parser, UsageError, add_device_options, at_least, pick_device, run
 from plumbing.compiling import check_compiler, compiled_step
 from plumbing.decoding import check_room, sample_token
+from plumbing.distributed import progress
 from plumbing.explain import reading_weights, shade_words
 from plumbing.hub import find_model
 from plumbing.pretrained import fingerprint, init_weights, load_pretrained, read_config
@@ -180,7 +180,7 @@ def answers(
     found, batches = make_batches(rows, tokenizer, template, *how)
     if is_mixed and len(batches) > 1 and settings.get("step"):
         raise UsageError("--compile: these tenants make several batches, each of other weights: leave the option out")
-    for k, batch in enumerate(tqdm(batches, "answers", leave=False, disable=None if len(batches) > 1 else True)):
+    for k, batch in enumerate(progress(batches, "answers", unit="batch", leave=False)):
         places, firsts, prompts, _, (new, *_) = map(list, zip(*batch))
         with tuner.attached(model, places) if is_mixed else contextlib.nullcontext(tuner) as own:
             past = (read_instructions if is_mixed else recall)(model, firsts, own) if hidden else None
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None):
         return print_answers(records, rows, found, args.json, args.explain and explain)
 
     def explain(row: dict) -> Iterator[str]:
-        prompt = template.split_ids(row, tokenizer)[0] if hidden else template.prompt_ids(row, tokenizer)
+        prompt = next(filter(None, template.parts(row, tokenizer, hidden)))
         return shade_words(tokenizer.words(prompt), reading_weights(model, tuner, prompt), sys.stdout.isatty())
 
     if args.prompts or not sys.stdin.isatty():

@@ -247,10 +247,10 @@ def main(argv: list[str] | None = None) -> dict:
     device, dtype, reason = pick_device(args.device, args.dtype)
     device = distributed.init(device)
     given = {name: x for name in RUN_KEYS if (x := getattr(args, name)) is not None} | {"options": args.o}
-    saved = folder.load_for_resume(given) if args.resume else {"meta": None, "state": {}}  # refuses before any work
+    saved, before = folder.peek(given) if args.resume else (None, None)  # refuses before any work
     if args.compile:
         check_compiler(device)
-    session = open_session(args, device, dtype, saved["meta"])
+    session = open_session(args, device, dtype, saved)
     model, tokenizer, template, rows = session.model, session.tokenizer, session.template, session.rows
     tuner, meta = new_tuner(args, session)
     if args.shard:
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> dict:
     shown = [row for name in session.tests for row in evenly_spaced(rows[name], 2)][:6]
     models = {"frozen, seeing": None, "frozen, blind": BLIND} if args.act == "hidden" else {"frozen alone": None}
     alone, *_ = models
-    before = saved["state"].get("before") or {  # as a checkpoint can hold it
+    before = before or {  # as a checkpoint can hold it
         "scores": {name: {test: tuple(x) for test, x in session.scores(t).items()} for name, t in models.items()},
         "answers": [str(x) for x in answers(model, tokenizer, shown, truncate=args.truncate, template=template)],
     }

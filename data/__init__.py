@@ -154,7 +154,7 @@ def encode_each(
     kept, bad, lost = [], Bad(skip_bad), []
     for i, row in enumerate(distributed.progress(rows, f"encode {name}", unit="row", leave=False), 1):
         try:
-            first, rest = template.split_ids(row, tokenizer) if hide else ([], template.prompt_ids(row, tokenizer))
+            first, rest = template.parts(row, tokenizer, hide)
             prompt = first + rest
             response = template.response_ids(row, tokenizer)
             size, error = len(prompt) + len(response), ""

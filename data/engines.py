@@ -28,7 +28,7 @@ LLAMA3 = (
     r"|\s+(?!\S)|\s+"
 )
 
-LONGEST_SPACE = 500_000  # characters in a row.  At a million tiktoken panics, with a pattern that looks ahead
+LONGEST_SPACE = 500_000  # characters in a row.  Not far beyond, tiktoken panics if its pattern looks ahead
 SECRET = str(10**19 + secrets.randbelow(10**19))  # digits only: a chat template may change the case of letters
 
 

@@ -59,12 +59,8 @@ def load_instruction(path: str, model: Decoder, tuner: Tuner) -> Cache:
     kinds = {name.partition(".")[0] for name in tensors if "." in name}
     softs = {kind: [tensors.get(f"{kind}.{x}", weight[:0]) for x in ("k", "v")] for kind in kinds}
     fits = lambda k, v: k.ndim == 4 and k.shape == v.shape == (c.n_layer, c.n_kv_head, k.shape[2], c.head_dim)
-    if (
-        "position" not in tensors
-        or not kinds
-        or kinds - {*Context._fields}
-        or not all(fits(*kv) for kv in softs.values())
-    ):
+    known = kinds and kinds <= {*Context._fields} and "position" in tensors
+    if not (known and all(fits(*kv) for kv in softs.values())):
         raise ValueError(f"{path} is damaged: save the instruction again")
     cache = Cache(tensors["position"].to(weight.device))
     for l in range(c.n_layer):

@@ -94,7 +94,7 @@ def make_batches(
         try:
             if isinstance(row, ValueError):
                 raise row
-            first, prompt = template.split_ids(row, tokenizer) if hidden else ([], template.prompt_ids(row, tokenizer))
+            first, prompt = template.parts(row, tokenizer, hidden)
             first = saved.get(row["instruction"], first)
             if isinstance(first, Cache) and row.get("history"):
                 raise ValueError(f"{row['instruction']} has been read already, without --system: save it with it")

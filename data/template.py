@@ -65,6 +65,10 @@ class Template:
         whole = self.prompt_ids(row, tokenizer)
         return first, whole[len(first) :] if whole[: len(first)] == first else rest
 
+    def parts(self, row: dict, tokenizer: Tokenizer, hide: bool) -> tuple[list[int], list[int]]:
+        """(the instruction that is to be hidden, what follows it), or ([], `prompt_ids`) if nothing is."""
+        return self.split_ids(row, tokenizer) if hide else ([], self.prompt_ids(row, tokenizer))
+
     def _halves(self, row: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         text, rest = self.text(row), self.about.format(row["input"]).rstrip(" ")
         return tokenizer.prompt(text.removesuffix(rest)), tokenizer.encode(rest)

@@ -42,8 +42,13 @@ class OwnDown(IAPT):
 
     def __init__(self, config: Config, P: int = 4, m: int = 4, repeat: int = 3):
         super().__init__(config, P, m, repeat)
-        for generator in self.generators:
-            generator.W_down = nn.Parameter(torch.randn(config.n_embd, m) * config.n_embd**-0.5)
+        unshare(self)
+
+
+def unshare(tuner: IAPT):
+    """Give each generator a W_down of its own."""
+    for generator in tuner.generators:
+        generator.W_down = nn.Parameter(torch.randn_like(generator.W_down) * len(generator.W_down) ** -0.5)
 
 
 class PaperRandomStart(PaperIAPT):
@@ -83,8 +88,7 @@ class OwnDownSummary(Summary):
 
     def __init__(self, config: Config, P: int = 4, m: int = 0, activation: Activation = "rational"):
         super().__init__(config, P, m, activation)
-        for generator in self.generators:
-            generator.W_down = nn.Parameter(torch.randn_like(generator.W_down) * config.n_embd**-0.5)
+        unshare(self)
 
 
 class Compressor(LoRA):

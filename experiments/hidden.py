@@ -31,9 +31,9 @@ from data import load_splits
 from data.files import fill_missing_splits, read_rows, write_rows
 from data.scores import BLIND, Session, score_examples
 from data.template import make_template
-from experiments.bench import machine, random_tuner
+from experiments.bench import attached, machine, random_tuner
 from experiments.report import Scores, markdown
-from model import Block, Config, Soft, Tuner, rotary, rotate
+from model import NO_TUNER, Block, Config, Soft, Tuner, rotary, rotate
 from plumbing.cli import Parser, add_device_options, at_least, pick_device, run
 from plumbing.files import replacing, write_json
 from sample import answer, open_model, open_runs
@@ -181,11 +181,8 @@ def texts(args: Namespace):
     rivals = {"frozen": None, "blind": BLIND, **dict(zip(args.runs, tuners, strict=True))}
     written = {}
     for label, tuner in rivals.items():
-        if tuner is not None:
-            tuner.attach(model)
-        written[label] = answer(model, tokenizer, rows, tuner, args.new, template=template, batch_size=args.batch)
-        if tuner is not None:
-            tuner.detach()
+        with attached(tuner or NO_TUNER, model):
+            written[label] = answer(model, tokenizer, rows, tuner, args.new, template=template, batch_size=args.batch)
         pairs = list(zip(written[label], written["frozen"], strict=True))
         same = np.mean([ours == theirs for ours, theirs in pairs])
         rouge = np.mean([rouge_l(ours.split(), theirs.split()) for ours, theirs in pairs])

@@ -65,10 +65,9 @@ def plot_reads(args: Namespace):
     if not isinstance(tuner, (IAPT, PaperIAPT)):
         raise UsageError(f"{args.run} is not a run of IAPT: only that has generators to look into")
     tuner.attach(model)
-    if tuner.act == "hidden":
-        prompt, _ = template.split_ids({"instruction": args.instruction, "input": "any"}, tokenizer)
-    else:
-        prompt = template.prompt_ids({"instruction": args.instruction}, tokenizer)
+    hidden = tuner.act == "hidden"
+    row = {"instruction": args.instruction, "input": "any" if hidden else ""}
+    prompt = next(filter(None, template.parts(row, tokenizer, hidden)))
     words, weights = tokenizer.words(prompt), reading_weights(model, tuner, prompt)
     layers = args.layers or list(range(1, len(weights) + 1))
     if max(layers) > len(weights):

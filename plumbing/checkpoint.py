@@ -232,6 +232,11 @@ class RunFolder:
         self.refuse_other(content["meta"], meta)
         return content
 
+    def peek(self, meta: dict) -> tuple[dict, dict | None]:
+        """The meta that `load_for_resume` would load, and its state's `before`: no tensor stays in memory."""
+        content = self.load_for_resume(meta)
+        return content["meta"], content["state"].get("before")
+
     def refuse_other(self, saved: dict, meta: dict):
         """Raise ValueError if this run is another than the `saved` one, in any entry of `meta`.
 
