@@ -49,7 +49,7 @@ def read_records(path: str, known: set[str] = frozenset(), ignored: set[str] | N
 
     Raises ValueError, with the file's name, for a file that is none of rows.
     """
-    if not os.path.isfile(path):  # its name tells no format; and reading it could wait for ever
+    if os.path.exists(path) and not os.path.isfile(path):  # its name tells no format; to read it could take for ever
         raise ValueError(f"{path} is a pipe or a device: save what it says in a file, such as my.jsonl, and name that")
     refuse_lfs_pointer(path)
     with open(path, "rb") as f:

@@ -28,7 +28,7 @@ from torch import Tensor
 import sample
 import train
 from data import load_splits
-from data.files import fill_missing_splits, read_rows, write_rows
+from data.files import write_rows
 from data.scores import BLIND, Session, score_examples
 from data.template import make_template
 from experiments.bench import attached, machine, random_tuner
@@ -208,9 +208,9 @@ def rouge_l(a: list[str], b: list[str]) -> float:
 def answers(args: Namespace):
     """Rows with what the frozen model, which sees the instruction, answers; their own outputs, if any, are left out."""
     device, dtype, _ = pick_device(args.device, args.dtype)
+    splits = read_prompts(args.data)
     model, tokenizer = open_model(args.init, device, dtype)
     template = make_template(args.template, tokenizer)
-    splits = read_prompts(args.data)
     os.makedirs(args.out, exist_ok=True)
     for name, rows in splits.items():
         found = sample.answers(model, tokenizer, rows, None, args.new, template=template, batch_size=args.batch)
@@ -223,10 +223,8 @@ def answers(args: Namespace):
 
 def read_prompts(data: str) -> dict[str, list[dict]]:
     """The splits of a folder, or of a file whose rows need no output."""
-    if os.path.isdir(data):
-        return load_splits(data)
-    reshape = lambda record, _: {"instruction": record.get("instruction"), "input": record.get("input"), "output": "?"}
-    return fill_missing_splits({"train": read_rows(data, reshape=reshape)}, data)
+    prompt = lambda record, _: {"instruction": record.get("instruction"), "input": record.get("input"), "output": "?"}
+    return load_splits(data, reshape=None if os.path.isdir(data) else prompt)
 
 
 # -- The command line --------------------------------------------------------------------------------------------------

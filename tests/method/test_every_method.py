@@ -226,7 +226,7 @@ def test_compiled_equals_eager(tuned):
             torch.testing.assert_close(p.grad, grads[name], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["iapt", "lora"])
+@pytest.mark.parametrize("method", ["iapt", pytest.param("lora", marks=pytest.mark.slow)])
 def test_however_many_layers_there_are_as_many_graphs_are_compiled(method):
     """Each block has its own weights, and its own hooks: nothing of them may become a constant of a graph."""
     graphs = {}

@@ -107,6 +107,9 @@ def test_a_wrong_split_or_row_is_one_line_and_nothing_is_written(moods, run, tmp
     prompts.write_text('{"instruction": 5, "input": "x"}')
     status, text = run_in(hidden, "answers", "--init", "tiny", "--data", str(prompts), "--out", str(tmp_path / "c"))
     assert status == 1 and "instruction is 5, and should be text" in text and not (tmp_path / "c").exists()
+    missing = str(tmp_path / "none.jsonl")  # noticed before the model is looked for
+    status, text = run_in(hidden, "answers", "--init", "no model", "--data", missing, "--out", str(tmp_path / "c"))
+    assert status == 1 and f"no data at {missing}" in text and not (tmp_path / "c").exists()
 
 
 def test_a_method_that_cannot_act_on_a_table_s_rows_is_found_before_any_work(tmp_path):

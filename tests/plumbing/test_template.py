@@ -2,6 +2,7 @@
 
 import base64
 import builtins
+import functools
 import json
 import os
 import re
@@ -152,6 +153,12 @@ def test_a_prompt_that_is_shortened_still_asks_for_an_answer(folder):
     assert shorten(example.prompt, 58, tokenizer, template) == example.prompt
 
 
+@functools.cache
+def gpt2_tokenizer():
+    """GPT-2's own, which takes half a second to open."""
+    return Tokenizer.load(shared("tokenizers", "gpt2"))
+
+
 TEXTS = [  # prompt, output, what of the prompt stays, what is learned
     ("once", "more", "once", " more"), ("a ?", " good", "a ?", " good"), ("a: ", "b", "a:", " b"),
     ("f:\n", "    b", "f:\n", "    b"), ("f:\n    ", "b", "f:\n", "    b"), ("a\n\n", "b", "a\n\n", "b"),
@@ -169,7 +176,7 @@ def test_plain_text_is_learned_as_it_is_and_a_prompt_s_last_spaces_with_the_word
     (example,) = encode([row], tokenizer, 99, template=layout)
     assert example == ([tokenizer.begin, *read.encode()], [*learned.encode()], 0)
     assert layout.answer_text(example.response, tokenizer, row) == output.removeprefix(" " * (output == " good"))
-    gpt2 = Tokenizer.load(shared("tokenizers", "gpt2"))
+    gpt2 = gpt2_tokenizer()
     joint = gpt2.encode(read + learned)
     if read and not read.endswith("\n"):
         assert layout.prompt_ids(row, gpt2) + layout.response_ids(row, gpt2) == joint

@@ -134,7 +134,7 @@ def test_a_rate_of_zero_is_a_rate_and_not_the_method_s_default(rows, tmp_path):
     assert all(torch.equal(x, initial[name]) for name, x in tensors(out).items())
 
 
-@pytest.mark.parametrize("method", ["iapt", slow("lora"), "full"])
+@pytest.mark.parametrize("method", ["iapt", slow("lora"), slow("full")])
 def test_a_warm_start_begins_with_what_another_run_has_trained_and_resumes_as_any_run(method, rows, tmp_path):
     first, second, third = str(tmp_path / "a"), str(tmp_path), str(tmp_path / "c")  # first is in second, and not it
     common = [*SMALL, "--steps", "2", "--data", rows, "--method", method]
