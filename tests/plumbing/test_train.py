@@ -295,6 +295,19 @@ def test_plain_text_is_english_that_python_brings_and_not_for_a_tokenizer_that_k
     assert scores.plain_examples(SimpleNamespace(vocab_size=1000)) == []
 
 
+def test_accuracy_leaves_room_for_soft_tokens_that_take_positions(monkeypatch):
+    model, tokenizer = sample.open_model("tiny")
+    block_size, rows = model.config.block_size, [{"instruction": "the plural " * 200, "output": "mice"}]
+    (whole,) = encode(rows, tokenizer, block_size, truncate=True)
+    scored = []
+    zeros = lambda model, examples, tuner: scored.extend(examples) or SimpleNamespace(nats=torch.zeros(len(examples)))
+    monkeypatch.setattr(scores, "score_examples", zeros)
+    for shift, room in ((0, block_size), (1, block_size - 8)):
+        tuner, scored[:] = build("prompt", model.config, ["P=8", f"shift={shift}"]), []
+        accuracy(model, tokenizer, rows, [whole], ["mice", "lima"], tuner)
+        assert [len(e.prompt) + len(e.response) for e in scored] == [room] * 2
+
+
 def test_training_from_scratch_begins_with_gpt2_s_small_weights():
     """PyTorch's own are larger: a model of many layers then starts with a loss far above that of a guess."""
     torch.manual_seed(0)
